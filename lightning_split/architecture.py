@@ -1,0 +1,147 @@
+"""What tracing finds: channel groups, where their neurons sit in every layer, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_split.layers import Port
+
+__all__ = ["Architecture", "ChannelGroup", "PortMap", "ThetaBlock", "Unsplittable"]
+
+Index = npt.NDArray[np.int64]
+PortKey = tuple[str, Port]
+
+
+class PortMap(NamedTuple):
+    """Which neuron sits at each position of one port of one layer."""
+
+    neuron: Index  # (size,) id of the neuron at each position, -1 where nothing can grow
+    run: Index  # (size,) neighbouring positions of equal run move as one block
+
+
+class ThetaBlock(NamedTuple):
+    """The part of the neurons' incoming weights that one parameter holds."""
+
+    module: str  # path of the layer
+    tensor: str  # name of the parameter in the layer
+    axis: int  # axis of the parameter along which neurons lie
+    rows: Index  # (width, r) entries of that axis that each neuron owns
+    size: int  # number of scalars per neuron: r x (elements of one entry)
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """All axes of all layers that must have the same width, because they carry the same neurons.
+
+    A neuron's incoming weights θ are its rows in all ``producers``, in order: each producer's weight
+    flattened, then its bias; ``dim`` scalars together.
+    """
+
+    name: str
+    width: int  # number of neurons
+    dim: int  # number of incoming weights of one neuron, biases included
+    producers: tuple[str, ...]  # paths of the layers that compute the neurons
+    channelwise: tuple[str, ...]  # paths of the layers that treat each of them by itself
+    consumers: tuple[str, ...]  # paths of the layers that read them
+    params: int = 0  # parameters that one more neuron adds
+    macs: float = 0.0  # multiply-accumulates per sample that one more neuron adds
+    neurons: tuple[int, ...] = field(default=(), repr=False)  # ids used in Architecture.ports
+    theta: tuple[ThetaBlock, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Unsplittable:
+    """Neurons that are left alone, and why."""
+
+    name: str
+    reason: str
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The traced network: every neuron is either in one of ``groups`` or under ``unsplittable``."""
+
+    groups: tuple[ChannelGroup, ...]
+    unsplittable: tuple[Unsplittable, ...] = ()
+    ports: Mapping[PortKey, PortMap] = field(default_factory=dict, repr=False)
+    uses: Mapping[str, float] = field(default_factory=dict, repr=False)
+    # uses: how often each weight of a layer is used for one sample (spatial positions, repeated calls)
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of that name.
+
+        Raises:
+            KeyError: If there is none; the message lists the names that exist.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        known = ", ".join(repr(g.name) for g in self.groups) or "none"
+        raise KeyError(f"There is no channel group named {name!r}; the groups are: {known}.")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of neurons of every group."""
+        return {group.name: group.width for group in self.groups}
+
+    def without(self, reasons: Mapping[str, str]) -> Architecture:
+        """The same network with some groups moved to ``unsplittable``, by name and with the reason."""
+        kept = tuple(g for g in self.groups if g.name not in reasons)
+        moved = tuple(
+            Unsplittable(g.name, reasons[g.name], g.width) for g in self.groups if g.name in reasons
+        )
+        return Architecture(kept, self.unsplittable + moved, self.ports, self.uses)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.groups:
+            rows = [
+                (
+                    *(g.name, str(g.width), str(g.dim)),
+                    *(_few(g.producers), _few(g.channelwise), _few(g.consumers)),
+                    *(f"{g.params:,}", f"{g.macs:,.0f}"),
+                )
+                for g in self.groups
+            ]
+            head = ("group", "width", "dim", "producers", "channelwise", "consumers", "+params", "+MACs")
+            lines += table(head, rows, right=(1, 2, 6, 7))
+            total = sum(g.width for g in self.groups)
+            lines.append(f"{total} splittable neurons in {len(self.groups)} groups.")
+        else:
+            lines.append("No neuron of this network can be split.")
+        if self.unsplittable:
+            lines += ["", "Left alone:"]
+            lines += table(
+                ("neurons of", "width", "reason"),
+                [(u.name, str(u.width), u.reason) for u in self.unsplittable],
+                right=(1,),
+            )
+        return "\n".join(lines)
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> list[str]:
+    """Lines of a plain-text table; columns listed in ``right`` are set flush right."""
+    cells = [tuple(head), *map(tuple, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        " | ".join(
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    rule = "-+-".join("-" * w for w in widths)
+    return [lines[0], rule, *lines[1:]]
+
+
+def _few(paths: Sequence[str], limit: int = 2) -> str:
+    shown = ", ".join(p or "(root)" for p in paths[:limit])
+    return shown + (f" +{len(paths) - limit}" if len(paths) > limit else "") or "-"

@@ -1,0 +1,412 @@
+"""The callback: knows when to grow, and delegates how."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_split.architecture import Architecture
+from lightning_split.checkpoint import enable_growth
+from lightning_split.growers import Grower, SteepestSplitting
+from lightning_split.growth import GrowthReport, grow, select_groups
+from lightning_split.lineage import Lineage
+from lightning_split.optim import (
+    TrainerRanks,
+    carry_all,
+    refuse_strategy,
+    shadow_models,
+    unwrapped,
+)
+from lightning_split.probing import (
+    BatchBuffer,
+    quiet,
+    refuse_unprobeable,
+    step_loss,
+    to_device,
+    training_batches,
+)
+from lightning_split.reporting import log_growth
+from lightning_split.selection import SelectionStrategy, TopK
+from lightning_split.surgery import Surgery
+from lightning_split.tracing import trace_step
+from lightning_split.triggers import Plateau, Trigger
+
+__all__ = ["SplittingCallback"]
+
+STATE_VERSION = 1
+
+
+class SplittingCallback(pl.Callback):
+    """Grow the network by splitting neurons whenever training stops making progress.
+
+    Add it to the callbacks of any Trainer; the LightningModule stays as it is. When the trigger says so, at
+    the start of an epoch or between two optimizer steps, the callback measures on training batches how much
+    the loss would fall if each neuron were split, lets the strategy choose, widens the layers in place,
+    carries the optimizers' state along and logs the gains. Measuring leaves no trace.
+
+    Note:
+        Works with one device and with DDP; other strategies are refused in ``setup``. Modules with manual
+        optimization need ``loss_fn``. A ``training_step`` that logs is fine: nothing is logged while probing.
+
+    Args:
+        strategy: Which neurons to split: :class:`TopK`, :class:`Threshold`, :class:`KnapsackEnergy` or your
+            own :class:`SelectionStrategy`.
+        grower: How new neurons are proposed.
+        trigger: When to grow; default a :class:`Plateau` of the next five arguments.
+        monitor: Name of the logged metric that the default trigger watches.
+        mode: ``"min"`` or ``"max"``: which way the metric improves.
+        patience: Epochs without improvement before a growth.
+        min_delta: What counts as an improvement.
+        cooldown: Epochs after a growth before patience counts again.
+        step_size: ε, the length of the offspring's displacement.
+        num_batches: Training batches from which the splitting matrices are estimated.
+        confirm_batches: Fresh training batches on which the gains are measured again; 0 does without.
+        loss_fn: ``loss_fn(pl_module, batch)`` returning the scalar mean loss; default the module's own
+            ``training_step``.
+        include: Patterns of group names that may grow (see ``print(trace(model, x))``).
+        exclude: Patterns of group names that may not grow.
+        max_growths: Stop growing after so many growths.
+        max_params: Never exceed so many parameters.
+        max_macs: Never exceed so many multiply-accumulates per sample.
+        optimizer_state: ``"transfer"`` lets moments follow their neurons, ``"reset"`` starts them anew.
+        lr_schedule: ``"keep"`` lets learning-rate schedules run on, ``"restart"`` starts them anew.
+        seed: Makes growths repeatable bit for bit.
+        verbose: Print a table for every growth.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        trainer = Trainer(max_epochs=50, callbacks=[SplittingCallback(strategy=TopK(fraction=0.3))])
+        trainer.fit(model, loader)
+    """
+
+    def __init__(
+        self,
+        strategy: SelectionStrategy | None = None,
+        grower: Grower | None = None,
+        trigger: Trigger | None = None,
+        monitor: str = "train_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 1e-3,
+        cooldown: int = 0,
+        step_size: float = 1e-2,
+        num_batches: int = 8,
+        confirm_batches: int = 8,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        max_growths: int | None = None,
+        max_params: int | None = None,
+        max_macs: float | None = None,
+        optimizer_state: Literal["transfer", "reset"] = "transfer",
+        lr_schedule: Literal["keep", "restart"] = "keep",
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_choice("optimizer_state", optimizer_state, ("transfer", "reset"))
+        _check_choice("lr_schedule", lr_schedule, ("keep", "restart"))
+        for name, value, least in (
+            ("num_batches", num_batches, 1),
+            ("confirm_batches", confirm_batches, 0),
+            ("step_size", step_size, 0),
+            ("max_growths", max_growths, 0),
+            ("max_params", max_params, 0),
+            ("max_macs", max_macs, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            if isinstance(patterns, str):
+                raise ValueError(f"{name} is a list of patterns; write {name}=[{patterns!r}].")
+        self.strategy = strategy or TopK(fraction=0.3)
+        self.grower = grower or SteepestSplitting()
+        self.trigger = trigger or Plateau(
+            monitor=monitor, mode=mode, patience=patience, min_delta=min_delta, cooldown=cooldown
+        )
+        self.step_size = step_size
+        self.num_batches = num_batches
+        self.confirm_batches = confirm_batches
+        self.loss_fn = loss_fn
+        self.include = include
+        self.exclude = exclude
+        self.max_growths = max_growths
+        self.max_params = max_params
+        self.max_macs = max_macs
+        self.optimizer_state = optimizer_state
+        self.lr_schedule = lr_schedule
+        self.seed = seed
+        self.verbose = verbose
+        self.reports: list[GrowthReport] = []  # of this process, not restored on resume
+        self.history: list[dict[str, Any]] = []
+        self.lineage = Lineage()
+        self.barred: dict[str, str] = {}
+        self._last_value: float | None = None  # of the monitored metric, for a resume
+        self._observed_epoch = -1
+        self._buffer = BatchBuffer(num_batches + confirm_batches)
+        self._buffering = False
+        self._traced = False
+        self._module: weakref.ref[nn.Module] | None = None
+
+    # refusals ---------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._refuse(trainer, pl_module)
+            self._module = weakref.ref(pl_module)
+        # Every stage may load a checkpoint of another width, and a load comes before any other hook of ours.
+        enable_growth(pl_module)
+        for shadow in shadow_models(trainer):
+            enable_growth(shadow)
+
+    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        mine = [c for c in trainer.callbacks if isinstance(c, SplittingCallback)]  # type: ignore[attr-defined]
+        if len(mine) > 1:
+            raise MisconfigurationException(
+                f"The Trainer has {len(mine)} SplittingCallbacks, which would grow the same network behind "
+                "each other's back; use one, with a strategy that covers both."
+            )
+        known = self._module() if self._module is not None else None
+        if self._module is not None and known is not pl_module and (self.history or known is not None):
+            raise MisconfigurationException(
+                "This SplittingCallback already belongs to another module, whose growths it remembers; create "
+                "a new SplittingCallback for each module."
+            )
+        if any(isinstance(c, ModelPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "SplittingCallback cannot grow layers that ModelPruning masks; use one of the two callbacks."
+            )
+        refuse_strategy(trainer)
+        if self.loss_fn is None:
+            refuse_unprobeable(pl_module)
+
+    # when ---------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._observe(trainer)
+        self._grow_if_due(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._traced:
+            self._first_look(trainer, pl_module, batch)
+        if self._buffering:
+            self._buffer.add(batch)
+        # A gradient under accumulation belongs to the old sizes: grow where Lightning zeroes it.
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._grow_if_due(trainer, pl_module)
+
+    def _observe(self, trainer: pl.Trainer) -> None:
+        """Let the trigger see the value of the epoch that has just ended, once."""
+        monitor, finished = self.trigger.monitor, trainer.current_epoch - 1
+        if monitor is None or finished < 0 or finished <= self._observed_epoch:
+            return
+        value = trainer.callback_metrics.get(monitor)
+        if value is not None:
+            self._last_value = float(value)
+        elif self._last_value is None:
+            interval = trainer.check_val_every_n_epoch or 1
+            if finished + 1 >= interval:
+                known = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "none"
+                raise MisconfigurationException(
+                    f"SplittingCallback monitors {monitor!r}, which was not logged; log it with "
+                    f"self.log({monitor!r}, ...) or monitor one of: {known}."
+                )
+            return
+        self._observed_epoch = finished
+        self.trigger.observe(self._last_value, epoch=finished, step=trainer.global_step)
+
+    def _grow_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or self._exhausted():
+            return
+        epoch, step = trainer.current_epoch, trainer.global_step
+        if not self.trigger.due(epoch=epoch, step=step):
+            return
+        batches = self._batches(trainer, pl_module)
+        if batches is None:
+            return  # the buffer is filling; due stays due
+        report = self._grow(trainer, pl_module, batches)
+        self.trigger.fired(epoch=epoch, step=step)
+        self._record(trainer, pl_module, report)
+
+    def _exhausted(self) -> bool:
+        growths = sum(1 for event in self.history if event["num_splits"])
+        return self.max_growths is not None and growths >= self.max_growths
+
+    # how ----------------------------------------------------------------------------------------------
+
+    def _first_look(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
+    ) -> None:
+        """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
+        with quiet(trainer, pl_module):
+            arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
+        try:
+            chosen = select_groups(arch, self.include, self.exclude)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+        self._traced = True
+        if not self.history:
+            self.lineage = Lineage.start(chosen.widths)
+        self._buffering = self._replayed(trainer, 1) is None
+
+    def _loss(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> Callable[[nn.Module, Any], Tensor]:
+        return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
+
+    def _replayed(self, trainer: pl.Trainer, count: int) -> list[Any] | None:
+        return training_batches(trainer, count, seed=self.seed + len(self.history))
+
+    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any] | None:
+        """Training batches on the device, or ``None`` if there are not enough yet."""
+        count = self.num_batches + self.confirm_batches
+        with quiet(trainer, pl_module):
+            batches = self._replayed(trainer, count)
+            if batches is not None:
+                return [to_device(trainer, pl_module, batch) for batch in batches]
+        self._buffering = True
+        buffered: list[Any] = self._buffer.batches()
+        return buffered if len(buffered) >= count else None
+
+    def _grow(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[Any]
+    ) -> GrowthReport:
+        fresh = batches[self.num_batches :] if self.confirm_batches else None
+        if fresh is not None and not fresh:  # fewer batches in an epoch than asked for
+            half = (len(batches) + 1) // 2
+            batches, fresh = batches[:half], batches[half:] or None
+        with quiet(trainer, pl_module), unwrapped(trainer, pl_module) as site:
+
+            @contextmanager
+            def operating() -> Any:
+                yield
+                site.commit()
+
+            report = grow(
+                pl_module,
+                batches[: self.num_batches],
+                self._loss(trainer, pl_module),
+                grower=self.grower,
+                strategy=self.strategy,
+                step_size=self.step_size,
+                confirm_batches=fresh,
+                include=self.include,
+                exclude=self.exclude,
+                barred=self.barred,
+                max_params=self.max_params,
+                max_macs=self.max_macs,
+                seed=self.seed + len(self.history),
+                ranks=TrainerRanks(trainer),
+                surgery_context=operating,
+            )
+            for shadow in shadow_models(trainer):
+                if report.splits:
+                    surgery = Surgery(shadow, report.splits, report.architecture)
+                    surgery.apply()
+                    surgery.displace()
+        if report.splits:
+            carry_all(trainer, report.replaced, self.optimizer_state, self.lr_schedule)
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()  # each growth is one recompilation; without this, eight are the limit
+        return report
+
+    def _record(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport
+    ) -> None:
+        number = len(self.history) + 1
+        self.barred.update(report.barred)
+        offspring: dict[str, dict[int, int]] = {}
+        for split in report.splits:
+            offspring.setdefault(split.group, {})[split.neuron] = len(split.weights)
+        for group, counts in offspring.items():
+            self.lineage.record(group, counts, growth=number)
+        self.history.append(
+            {
+                "growth": number,
+                "epoch": int(trainer.current_epoch),
+                "step": int(trainer.fit_loop.epoch_loop._batches_that_stepped),
+                "num_splits": len(report.splits),
+                "splits": [[s.group, int(s.neuron), list(s.weights)] for s in report.splits],
+                "predicted_gain": float(report.predicted_gain),
+                "loss_before": float(report.loss_before),
+                "loss_after": float(report.loss_after),
+                "params": int(report.cost_after.params),
+                "macs": float(report.cost_after.macs),
+                "widths_before": dict(report.widths_before),
+                "widths_after": dict(report.widths_after),
+            }
+        )
+        self.reports.append(report)
+        log_growth(trainer, report, self.history)
+        if self.verbose:
+            epoch, step = trainer.current_epoch, trainer.global_step
+            pl_module.print(f"\nGrowth {number} at epoch {epoch}, step {step}\n{report}\n")
+
+    # state --------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "lightning_split.SplittingCallback"
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "history": self.history,
+            "trigger": self.trigger.state_dict(),
+            "lineage": self.lineage.to_dict(),
+            "barred": self.barred,
+            "last_value": self._last_value,
+            "observed_epoch": self._observed_epoch,
+        }
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The next epoch will look at this value, but a resumed Trainer has forgotten it.
+        value = trainer.callback_metrics.get(self.trigger.monitor or "")
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if value is not None and state is not None:
+            state["last_value"] = float(value)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        version = state_dict.get("version")
+        if version != STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's SplittingCallback state has version {version}, this release reads version "
+                f"{STATE_VERSION}; resume it with the release that wrote it."
+            )
+        self.history = [dict(event) for event in state_dict["history"]]
+        self.trigger.load_state_dict(state_dict["trigger"])
+        self.lineage = Lineage.from_dict(state_dict["lineage"])
+        self.barred = dict(state_dict["barred"])
+        self._last_value = state_dict["last_value"]
+        self._observed_epoch = int(state_dict["observed_epoch"])
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+

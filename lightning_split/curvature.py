@@ -1,0 +1,319 @@
+r"""Splitting matrices of all neurons at once, without ever forming one.
+
+Cut the network at the input of every consumer. Between cuts each neuron is a function of its own incoming
+weights, so with the inputs ``h`` of the segments and the cotangents :math:`c_k = \partial L/\partial x_k` at
+the cuts held constant,
+
+.. math:: \varphi(\theta) = \sum_k \langle c_k, x_k(\theta; h)\rangle, \qquad
+          \nabla^2\varphi = \mathrm{blockdiag}(S_1, \dots, S_n),
+
+and one Hessian-vector product of φ by double backward is :math:`S_i v_i` for every neuron of every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_split.architecture import Architecture, ChannelGroup, ThetaBlock
+from lightning_split.measuring import undisturbed
+from lightning_split.surrogates import SmoothDerivatives
+
+__all__ = ["LossFn", "SplittingOperator"]
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Vectors = dict[str, Tensor]  # group name -> (width, dim)
+
+
+class SplittingOperator:
+    r"""The block-diagonal operator :math:`V \mapsto S V` over all neurons of all groups.
+
+    :math:`S_i = \mathbb{E}[\Phi'(\sigma(\theta_i)) \nabla^2\sigma(\theta_i)]` is the splitting matrix of
+    neuron i (S2D, Definition 2.1 and Eq. 7), averaged over the batches.
+
+    Shapes: a group of ``N`` neurons with ``D`` incoming weights each has vectors ``(N, D)``.
+
+    Cost: preparing a batch takes two forward and two backward passes; a product takes about one training
+    step. Batches beyond ``keep_graphs`` are prepared anew for every product.
+
+    Args:
+        model: The network; left as it was by every method.
+        arch: Its architecture, from :func:`lightning_split.trace`.
+        batches: What ``loss_fn`` takes; each batch counts the same.
+        loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss.
+        surrogate_beta: Sharpness of the softplus whose derivatives stand in for those of piecewise-linear
+            activations; ``None`` keeps the true ones, whose second derivative is zero.
+        train: Run in training mode (BatchNorm by the statistics of the batch) instead of eval mode.
+        keep_graphs: How many batches keep their graph in memory between products.
+        seed: Seed of the random state in every pass (dropout in training mode).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arch: Architecture,
+        batches: Iterable[Any],
+        loss_fn: LossFn,
+        *,
+        surrogate_beta: float | None = 3.0,
+        train: bool = False,
+        keep_graphs: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self._model = model
+        self._groups: dict[str, ChannelGroup] = {g.name: g for g in arch.groups}
+        self._batches = list(batches)
+        self._loss_fn = loss_fn
+        self._beta = surrogate_beta
+        self._train = train
+        self._keep = keep_graphs
+        self._seed = seed
+        self._graphs: dict[int, _Graph] = {}
+        if not self._batches:
+            raise ValueError("The splitting matrices need at least one batch, and there is none.")
+        if not self._groups:
+            raise ValueError("The architecture has no channel group, so there is no splitting matrix.")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(N, D)`` of every group."""
+        return {name: (g.width, g.dim) for name, g in self._groups.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the incoming weights."""
+        return self._some_weight().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the incoming weights live."""
+        return self._some_weight().device
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches that the matrices are averaged over."""
+        return len(self._batches)
+
+    def matvec(self, vectors: Mapping[str, Tensor]) -> Vectors:
+        """Multiply every neuron's splitting matrix with that neuron's vector.
+
+        Args:
+            vectors: ``{group name: (N, D)}``; groups left out count as zero and are left out of the result.
+
+        Returns:
+            ``{group name: (N, D)}``, row i holding ``S_i @ v_i``.
+
+        Raises:
+            ValueError: If a name or a shape does not fit, or a loss is not a finite scalar that depends on
+                the network.
+        """
+        total: Vectors | None = None
+        for product in self.products(vectors):
+            if total is None:
+                total = product
+            else:
+                for name, value in product.items():
+                    total[name] += value
+        assert total is not None
+        return {name: value / self.num_batches for name, value in total.items()}
+
+    def products(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
+        """The same product for every batch by itself, one after the other."""
+        for name, v in vectors.items():
+            if name not in self._groups:
+                raise ValueError(
+                    f"There is no channel group named {name!r}; the groups are: "
+                    f"{', '.join(map(repr, self._groups))}."
+                )
+            if tuple(v.shape) != self.shapes[name]:
+                raise ValueError(
+                    f"The vectors of group '{name}' have shape {tuple(v.shape)}, expected {self.shapes[name]}."
+                )
+        for number in range(self.num_batches):
+            graph = self._graphs.get(number)
+            if graph is None:
+                graph = self._prepare(number)
+                if len(self._graphs) < self._keep:
+                    self._graphs[number] = graph
+            yield self._product(graph, vectors)
+
+    def dense(self, group: str) -> Tensor:
+        """The splitting matrices of one group, ``(N, D, D)``; costs D products."""
+        width, dim = self.shapes[group]
+        columns = []
+        for j in range(dim):
+            unit = torch.zeros(width, dim, dtype=self.dtype, device=self.device)
+            unit[:, j] = 1
+            columns.append(self.matvec({group: unit})[group])
+        return torch.stack(columns, dim=2)
+
+    # one batch --------------------------------------------------------------------------------------
+
+    def _prepare(self, number: int) -> _Graph:
+        batch = self._batches[number]
+        cotangents = self._cotangents(batch, number)
+        smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
+        reads: list[Tensor] = []
+
+        def cut(x: Tensor) -> Tensor:
+            reads.append(x)
+            return x.detach()
+
+        with self._running(cut), smooth:
+            self._loss_fn(self._model, batch)
+            if len(reads) != len(cotangents):
+                raise ValueError(
+                    "Two passes over the same batch called the layers differently often "
+                    f"({len(cotangents)} and {len(reads)} times), so the forward pass depends on more than its "
+                    "input; pass a loss_fn that is deterministic for a seeded random state."
+                )
+            pairs = [(x, c) for x, c in zip(reads, cotangents, strict=True) if c is not None]
+            pairs = [(x, c) for x, c in pairs if x.requires_grad]
+            theta = self._parameters()
+            first: list[Tensor | None] = [None] * len(theta)
+            if pairs:
+                phi = torch.stack([(x * c.to(x)).sum() for x, c in pairs]).sum()
+                first = list(
+                    torch.autograd.grad(phi, list(theta.values()), create_graph=True, allow_unused=True)
+                )
+        # A gradient without history is constant in θ: those weights have no second derivative.
+        alive = {
+            key: g for key, g in zip(theta, first, strict=True) if g is not None and g.requires_grad
+        }
+        return _Graph(alive, theta)
+
+    def _cotangents(self, batch: Any, number: int) -> list[Tensor | None]:
+        """Gradient of the loss at every consumer's input, through that consumer alone."""
+        taps: list[Tensor] = []
+
+        def tap(x: Tensor) -> Tensor:
+            taps.append(x.view_as(x))
+            return taps[-1]
+
+        with self._running(tap):
+            loss = self._loss_fn(self._model, batch)
+            check_loss(loss, number)
+            wanted = [t for t in taps if t.requires_grad]
+            grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        if not any(g is not None for g in grads):
+            raise ValueError(
+                "The loss does not depend on any splittable neuron, so there is nothing to gain from "
+                "splitting; check that loss_fn uses the output of the model."
+            )
+        found = iter(grads)
+        cotangents = [next(found) if t.requires_grad else None for t in taps]
+        for name, c in zip(self._consumer_calls, cotangents, strict=True):
+            if c is not None and not bool(torch.isfinite(c).all()):
+                raise ValueError(
+                    f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the "
+                    "network has diverged, so splitting was not tried."
+                )
+        return [None if c is None else c.detach() for c in cotangents]
+
+    def _running(self, replace: Callable[[Tensor], Tensor]) -> ExitStack:
+        """Context in which every consumer's input is passed through ``replace``."""
+        stack = ExitStack()
+        self._consumer_calls: list[str] = []
+        stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
+        consumers = dict.fromkeys(p for g in self._groups.values() for p in g.consumers)
+        for path in consumers:
+            handle = self._model.get_submodule(path).register_forward_pre_hook(
+                self._hook(path, replace), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        return stack
+
+    def _hook(self, path: str, replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self._consumer_calls.append(path)
+            if args:
+                return (replace(args[0]), *args[1:]), kwargs
+            name = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+            return args, {**kwargs, name: replace(kwargs[name])}
+
+        return hook
+
+    def _product(self, graph: _Graph, vectors: Mapping[str, Tensor]) -> Vectors:
+        directions: dict[tuple[str, str], Tensor] = {}
+        for name, v in vectors.items():
+            offset = 0
+            for block in self._groups[name].theta:
+                key = (block.module, block.tensor)
+                if key not in directions:
+                    directions[key] = torch.zeros_like(graph.theta[key])
+                _scatter(directions[key], block, v[:, offset : offset + block.size])
+                offset += block.size
+        keys = [key for key in graph.first if key in directions]
+        result: dict[tuple[str, str], Tensor] = {}
+        if keys:
+            products = torch.autograd.grad(
+                [graph.first[k] for k in keys],
+                [graph.theta[k] for k in directions],
+                [directions[k] for k in keys],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            result = {k: p for k, p in zip(directions, products, strict=True) if p is not None}
+        gathered: Vectors = {}
+        for name, v in vectors.items():
+            parts = [
+                _gather(result[key], block).to(v) if key in result else v.new_zeros(len(v), block.size)
+                for block in self._groups[name].theta
+                for key in [(block.module, block.tensor)]
+            ]
+            gathered[name] = torch.cat(parts, dim=1)
+        return gathered
+
+    def _parameters(self) -> dict[tuple[str, str], nn.Parameter]:
+        found: dict[tuple[str, str], nn.Parameter] = {}
+        for group in self._groups.values():
+            for block in group.theta:
+                parameter = self._model.get_submodule(block.module)._parameters[block.tensor]
+                assert parameter is not None
+                found[block.module, block.tensor] = parameter
+        return found
+
+    def _some_weight(self) -> Tensor:
+        return next(iter(self._parameters().values()))
+
+
+class _Graph:
+    """One batch, ready for products: φ's gradient with its graph, and what it is a gradient in."""
+
+    def __init__(
+        self, first: dict[tuple[str, str], Tensor], theta: dict[tuple[str, str], nn.Parameter]
+    ) -> None:
+        self.first = first
+        self.theta = theta
+
+
+def check_loss(loss: Any, number: int) -> None:
+    """Refuse what is no finite scalar loss, naming the batch."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return one scalar tensor, the mean loss; it returned {shape}.")
+    if not bool(torch.isfinite(loss).all()):
+        raise ValueError(
+            f"The loss of batch {number} is {float(loss.detach())}; splitting needs a finite loss, so nothing "
+            "was changed."
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss does not depend on the network's parameters; loss_fn(model, batch) must return a "
+            "tensor that carries gradients."
+        )
+
+
+def _scatter(target: Tensor, block: ThetaBlock, values: Tensor) -> None:
+    rows = target.movedim(block.axis, 0)
+    flat = block.rows.reshape(-1)
+    rows[torch.from_numpy(flat).to(target.device)] = values.reshape(len(flat), *rows.shape[1:]).to(target)
+
+
+def _gather(source: Tensor, block: ThetaBlock) -> Tensor:
+    flat = torch.from_numpy(block.rows.reshape(-1)).to(source.device)
+    return source.movedim(block.axis, 0)[flat].reshape(len(block.rows), -1)

@@ -1,0 +1,348 @@
+"""Layer rules: what the library must know about a type of layer.
+
+This is the only file that names layer classes. A rule answers four questions about a layer: along
+which axis of its activations the neurons lie, which axes of its tensors run along the neurons that
+it consumes (port ``"in"``), produces (``"out"``) or passes on (``"through"``), how its attributes
+follow when those axes grow, and why it cannot be grown, if it cannot.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, TypeVar, overload
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+__all__ = ["LayerRule", "Port", "register_layer_rule", "rule_for"]
+
+Port = Literal["in", "out", "through"]
+
+
+class LayerRule(ABC):
+    """What the tracer and the surgery must know about one type of layer.
+
+    A **mixer** computes new neurons from those that it reads: its tensors have an ``"out"`` port and,
+    if the output is linear in each input neuron, an ``"in"`` port. A mixer without ``"in"`` port reads
+    its inputs in some other way, and the neurons that enter it are not splittable. A **channelwise**
+    layer treats each neuron by itself and has one ``"through"`` port; the tensors on it are copied when
+    a neuron is split.
+
+    The parameters on the ``"out"`` port of a mixer are the incoming weights θ of its neurons. The
+    output of a neuron may depend on its own θ and on the layer's input only.
+
+    Subclass it, set :attr:`role`, implement :meth:`axes`, and register it with
+    :func:`register_layer_rule`.
+    """
+
+    role: ClassVar[Literal["mixer", "channelwise"]]
+
+    @abstractmethod
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        """For each parameter or buffer of the layer that has a neuron axis: ``{axis: port}``.
+
+        An axis may be a whole multiple of its port: then each neuron owns that many neighbouring
+        entries (a depthwise convolution with a channel multiplier).
+        """
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        """Set the attributes that state the layer's sizes (``out_features`` …) after its tensors grew.
+
+        Args:
+            layer: The layer, already holding its new tensors.
+            sizes: The new number of neurons on each port that the layer's tensors have.
+        """
+        return None
+
+    def port_size(self, layer: nn.Module, port: Port) -> int | None:
+        """Number of neurons on a port, read from the tensors; ``None`` if no tensor lies on it."""
+        for name, axes in self.axes(layer).items():
+            tensor = _tensor(layer, name)
+            for axis, other in axes.items():
+                if tensor is not None and other == port:
+                    return int(tensor.shape[axis])
+        return None
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        """Axis of the layer's input and output along which neurons lie (negative counts from the end)."""
+        return 1
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        """Why this very layer cannot take part in growth, or ``None`` if it can."""
+        return None
+
+    def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+        """How often each weight is used in one call; ``weights x positions`` are the call's MACs."""
+        return output.numel() // output.shape[self.neuron_axis(layer, output)]
+
+
+RuleSource = LayerRule | Callable[[nn.Module], LayerRule]
+_RULES: dict[type[nn.Module], RuleSource] = {}
+R = TypeVar("R", bound=type[LayerRule])
+
+
+@overload
+def register_layer_rule(layer_type: type[nn.Module]) -> Callable[[R], R]: ...
+@overload
+def register_layer_rule(layer_type: type[nn.Module], rule: RuleSource) -> None: ...
+def register_layer_rule(
+    layer_type: type[nn.Module], rule: RuleSource | None = None
+) -> Callable[[R], R] | None:
+    """Register the rule for a type of layer; the last registration of a type wins.
+
+    The rule also holds for subclasses that inherit ``forward`` unchanged.
+
+    Args:
+        layer_type: The layer's class.
+        rule: A :class:`LayerRule`, or a function that picks one for a given layer. Without it, the call
+            is a class decorator for a rule whose constructor takes no argument.
+
+    Raises:
+        TypeError: If ``layer_type`` is not a subclass of ``nn.Module`` or ``rule`` is not a rule.
+    """
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise TypeError(
+            f"register_layer_rule needs a subclass of nn.Module, got {layer_type!r}; "
+            "pass the class of the layer, not an instance."
+        )
+    if rule is None:
+
+        def decorate(cls: R) -> R:
+            _RULES[layer_type] = cls()
+            return cls
+
+        return decorate
+    if isinstance(rule, type) or not (isinstance(rule, LayerRule) or callable(rule)):
+        raise TypeError(
+            f"The rule for {layer_type.__name__} must be an instance of LayerRule or a function that "
+            f"returns one, got {rule!r}."
+        )
+    _RULES[layer_type] = rule
+    return None
+
+
+def rule_for(layer: nn.Module) -> LayerRule | None:
+    """The rule that holds for a layer, or ``None`` if there is none.
+
+    A rule is inherited only by subclasses that do not override ``forward`` (or a convolution's
+    ``_conv_forward``): a weight-standardising subclass of ``Conv2d`` is another layer.
+    """
+    for cls in type(layer).__mro__:
+        source = _RULES.get(cls)
+        if source is None:
+            continue
+        overridden = "forward" in layer.__dict__ or any(
+            getattr(type(layer), name, None) is not getattr(cls, name, None)
+            for name in ("forward", "_conv_forward")
+        )
+        if overridden:
+            return None
+        rule = source if isinstance(source, LayerRule) else source(layer)
+        return _refused(rule, layer)
+    return None
+
+
+def layer_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, Mapping[int, Port]]]:
+    """The tensors of a layer that have a neuron axis, by name, with their axes; empty without a rule."""
+    rule = rule_for(layer)
+    if rule is None:
+        return {}
+    return {
+        name: (tensor, axes)
+        for name, axes in rule.axes(layer).items()
+        if (tensor := _tensor(layer, name)) is not None
+    }
+
+
+def _tensor(layer: nn.Module, name: str) -> Tensor | None:
+    found = layer._parameters.get(name)
+    return layer._buffers.get(name) if found is None else found
+
+
+def is_uninitialized(layer: nn.Module) -> bool:
+    """Whether the layer is lazy and has not yet seen a batch."""
+    return isinstance(layer, LazyModuleMixin) and any(
+        is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())
+    )
+
+
+def keeps_batch_statistics(layer: nn.Module) -> bool:
+    """Whether the layer normalises by statistics of the batch while it trains."""
+    return isinstance(layer, _BatchNorm)
+
+
+class _Refused(LayerRule):
+    """Stands in for a rule on a layer that cannot be grown, and says why."""
+
+    role = "mixer"
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {}
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        return self._reason
+
+
+def _refused(rule: LayerRule, layer: nn.Module) -> LayerRule:
+    """The rule itself, or its refusal if the layer's tensors are not plain parameters and buffers."""
+    if isinstance(rule, _Refused):
+        return rule
+    if parametrize.is_parametrized(layer):
+        return _Refused("its weights are parametrized (torch.nn.utils.parametrize)")
+    for name in rule.axes(layer):
+        if name not in layer._parameters and name not in layer._buffers:
+            return _Refused(
+                f"its tensor '{name}' is computed from others (pruning, weight norm or spectral norm)"
+            )
+    return rule
+
+
+class _Mixer(LayerRule):
+    role = "mixer"
+
+
+class _Channelwise(LayerRule):
+    role = "channelwise"
+
+
+class _Linear(_Mixer):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, nn.Linear)
+        layer.in_features, layer.out_features = sizes["in"], sizes["out"]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        return -1
+
+
+class _Conv(_Mixer):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, _ConvNd)
+        layer.in_channels, layer.out_channels = sizes["in"], sizes["out"]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        assert isinstance(layer, _ConvNd)
+        return -1 - len(layer.kernel_size)
+
+
+class _ConvTranspose(_Conv):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
+
+    def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+        return inputs.numel() // inputs.shape[self.neuron_axis(layer, inputs)]
+
+
+class _DepthwiseConv(_Channelwise):
+    """One filter (or several) per channel; channel multipliers are runs of neighbouring filters."""
+
+    def port_size(self, layer: nn.Module, port: Port) -> int | None:
+        assert isinstance(layer, _ConvNd)
+        return layer.groups if port == "through" else None
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {"weight": {0: "through"}, "bias": {0: "through"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, _ConvNd)
+        layer.in_channels = layer.groups = sizes["through"]
+        multiplier = layer.weight.shape[0] // sizes["through"]
+        layer.out_channels = multiplier * sizes["through"]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        assert isinstance(layer, _ConvNd)
+        return -1 - len(layer.kernel_size)
+
+
+class _BatchNormRule(_Channelwise):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        names = ("weight", "bias", "running_mean", "running_var")
+        return {name: {0: "through"} for name in names}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        # num_features of SyncBatchNorm is read again when Lightning converts it back.
+        layer.num_features = sizes["through"]  # type: ignore[assignment]
+
+
+class _InstanceNormRule(_BatchNormRule):
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        assert isinstance(layer, _InstanceNorm)
+        return -int(layer._get_no_batch_dim())  # type: ignore[operator]
+
+
+class _PReLU(_Channelwise):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        assert isinstance(layer, nn.PReLU)
+        return {"weight": {0: "through"}} if layer.num_parameters > 1 else {}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        layer.num_parameters = sizes["through"]  # type: ignore[assignment]
+
+
+class _Embedding(_Mixer):
+    """Each embedding dimension is a neuron whose incoming weights are one entry per token."""
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+        return {"weight": {1: "out"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        layer.embedding_dim = sizes["out"]  # type: ignore[assignment]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        return -1
+
+    def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+        return 0  # a look-up multiplies nothing
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        assert isinstance(layer, nn.Embedding)
+        if layer.max_norm is not None:
+            return "an embedding with max_norm rescales its rows by their norm, which mixes the neurons"
+        if layer.sparse:
+            return "an embedding with sparse=True has sparse gradients, which double backward lacks"
+        return None
+
+
+def _convolution(layer: nn.Module) -> LayerRule:
+    assert isinstance(layer, _ConvNd)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    if layer.groups == 1:
+        return _ConvTranspose() if transposed else _Conv()
+    if layer.groups == layer.in_channels:
+        if transposed and layer.out_channels != layer.in_channels:
+            return _Refused("it is a transposed depthwise convolution with a channel multiplier")
+        return _DepthwiseConv()
+    return _Refused(
+        f"it is a convolution with {layer.groups} groups, whose groups would have to stay equal"
+    )
+
+
+def _register_builtin_rules() -> None:
+    register_layer_rule(nn.Linear, _Linear())
+    for conv in (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ):
+        register_layer_rule(conv, _convolution)
+    register_layer_rule(_BatchNorm, _BatchNormRule())
+    register_layer_rule(nn.SyncBatchNorm, _BatchNormRule())
+    register_layer_rule(_InstanceNorm, _InstanceNormRule())
+    register_layer_rule(nn.PReLU, _PReLU())
+    register_layer_rule(nn.Embedding, _Embedding())
+
+
+_register_builtin_rules()

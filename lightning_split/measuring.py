@@ -1,0 +1,93 @@
+"""Measuring without a trace: passes over a model that leave it, and the random state, as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["isolated_rng", "tensors_in", "undisturbed"]
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Restore the global random state of torch (all devices in use), NumPy and Python on exit.
+
+    Args:
+        seed: If given, all of them start from this seed inside.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | None = 0) -> Iterator[None]:
+    """Run a model without leaving a trace.
+
+    Inside, all modules are in one mode, gradients are enabled and the random state is seeded. On exit the
+    training flag of every module, the buffers (values and identity), the ``.grad`` of every parameter and
+    the random state are what they were, whatever happened.
+
+    Args:
+        model: The model.
+        train: The mode inside; ``None`` keeps the modules' own.
+        seed: Seed of the random state inside; ``None`` keeps it running.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    with ExitStack() as stack:
+        stack.enter_context(isolated_rng(seed))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            # Copies take the buffers' places: the originals are not even written to, and a graph that is
+            # kept for later products still finds the values that it was made with.
+            copies: dict[int, Tensor] = {}
+            for store, name, buffer in buffers:
+                if buffer is not None:
+                    store[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+            for p, _ in grads:
+                p.grad = None
+            if train is not None:
+                model.train(train)  # respects modules that override it to stay frozen
+            yield
+        finally:
+            for m, training in modes:
+                m.training = training
+            for store, name, buffer in buffers:
+                store[name] = buffer
+            for p, grad in grads:
+                p.grad = grad
+
+
+def tensors_in(value: Any, depth: int = 6) -> list[Tensor]:
+    """Tensors in nested tuples, lists, dicts, dataclasses and plain objects, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
+        return []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    elif not isinstance(value, (tuple, list, set)):
+        value = list(getattr(value, "__dict__", {}).values())
+    return [t for item in value for t in tensors_in(item, depth - 1)]

@@ -1,0 +1,348 @@
+"""Surgery: split neurons in place, completely or not at all. The only stage that changes a model."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_split.architecture import Architecture, ChannelGroup, PortMap
+from lightning_split.layers import Port, layer_tensors, rule_for
+
+__all__ = ["AxisMap", "Replacement", "Split", "Surgery", "split_neurons"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One neuron and the offspring that it becomes.
+
+    The neuron θ is replaced by ``m`` offspring θ + δ_i whose outgoing weights are those of the neuron times
+    w_i (S2D, Eq. 2). With Σ w_i = 1 and δ_i = 0 the network computes what it computed.
+    """
+
+    group: str
+    neuron: int
+    weights: tuple[float, ...]  # w, (m,), sums to 1
+    displacements: Tensor  # δ, (m, dim), step size included, laid out as ChannelGroup.theta
+
+
+class AxisMap(NamedTuple):
+    """How one axis of a tensor grew."""
+
+    index: Tensor  # (new size,) int64: the old position that each new position copies
+    scale: Tensor  # (new size,) float64: gradient of the new entry over the gradient of the old one
+
+
+class Replacement(NamedTuple):
+    """The parameter that stands where another stood, and how its axes grew."""
+
+    new: nn.Parameter
+    maps: dict[int, AxisMap]
+
+
+class _PortGrowth(NamedTuple):
+    index: Tensor  # (new,) old position
+    factor: Tensor  # (new,) offspring weight w_i, 1 where nothing was split
+    split: Tensor  # (new,) number of the split that made the entry, -1 where nothing was split
+    ordinal: Tensor  # (new,) which of its offspring
+
+
+def split_neurons(
+    model: nn.Module, splits: Sequence[Split], *, arch: Architecture
+) -> dict[nn.Parameter, Replacement]:
+    """Split neurons of a network in place.
+
+    Consumers' columns are multiplied by w_i, producers' rows are copied and displaced by δ_i, tensors of
+    channelwise layers are copied. Offspring stand next to their parent. All new tensors are computed
+    before the first is put in; if anything fails the model is as it was.
+
+    Args:
+        model: The network that ``arch`` was traced from.
+        splits: At most one split per neuron.
+        arch: The result of :func:`lightning_split.trace`, not older than the last growth.
+
+    Returns:
+        For each parameter that was replaced, the new one and the maps of its axes, which is what is needed
+        to carry an optimizer's state along.
+
+    Raises:
+        ValueError: If a split does not fit the architecture, or the architecture does not fit the model.
+            Nothing has changed then.
+    """
+    surgery = Surgery(model, splits, arch)
+    surgery.apply()
+    try:
+        surgery.displace()
+    except BaseException:
+        surgery.revert()
+        raise
+    return surgery.replaced
+
+
+class Surgery:
+    """A set of splits, ready to be applied and, if need be, taken back.
+
+    :meth:`apply` widens the layers with offspring equal to their parents, which leaves the function as it
+    is; :meth:`displace` moves the offspring apart; :meth:`revert` restores the very tensors and attributes
+    that were there before.
+    """
+
+    def __init__(self, model: nn.Module, splits: Sequence[Split], arch: Architecture) -> None:
+        self.replaced: dict[nn.Parameter, Replacement] = {}
+        self._model = model
+        self._arch = arch
+        self._displacements: list[tuple[nn.Parameter, Tensor]] = []
+        self._put: list[tuple[nn.Module, dict[str, Any], str, Tensor]] = []  # where, and what comes in
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+        _check_splits(arch, splits)
+        self._splits = tuple(splits)
+        self._number = {
+            arch.group(s.group).neurons[s.neuron]: n for n, s in enumerate(self._splits)
+        }
+        with torch.no_grad():
+            self._prepare()
+
+    def apply(self) -> None:
+        """Put in the widened tensors; the function stays the same up to rounding."""
+        try:
+            layers = []
+            for layer, store, name, tensor in self._put:
+                self._undo.append((store, name, store[name]))
+                store[name] = tensor
+                if layer not in layers:
+                    layers.append(layer)
+            for layer in layers:
+                before = dict(vars(layer))
+                rule = rule_for(layer)
+                if rule is not None:
+                    rule.resize(layer, self._sizes(layer))
+                for name, value in before.items():
+                    if vars(layer).get(name) is not value:
+                        self._undo.append((vars(layer), name, value))
+        except BaseException:
+            self.revert()
+            raise
+
+    def displace(self) -> None:
+        """Move the offspring to their places."""
+        with torch.no_grad():
+            for parameter, delta in self._displacements:
+                parameter.add_(delta)
+
+    def revert(self) -> None:
+        """Restore what was there before :meth:`apply`."""
+        while self._undo:
+            store, name, value = self._undo.pop()
+            store[name] = value
+
+    def layout(self, path: str, port: Port) -> Tensor | None:
+        """Old position of each new position on a port, or ``None`` if the port does not grow."""
+        growth = self._growth.get(id(self._model.get_submodule(path)), {}).get(port)
+        return None if growth is None else growth.index
+
+    # preparation ----------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        growth = {
+            key: self._port_growth(port)
+            for key, port in self._arch.ports.items()
+            if self._touched(port)
+        }
+        self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
+        theta = self._theta_displacements()
+        sites = _sites(self._model)
+        done: set[int] = set()
+        for path in dict.fromkeys(path for path, _ in growth):
+            layer = self._model.get_submodule(path)
+            mine = {port: g for (p, port), g in growth.items() if p == path}
+            self._growth[id(layer)] = mine
+            for name, (tensor, axes) in layer_tensors(layer).items():
+                if id(tensor) in done or not any(port in mine for port in axes.values()):
+                    continue
+                done.add(id(tensor))
+                new, delta, maps = self._grown(path, name, tensor, axes, mine, theta.get((path, name)))
+                if isinstance(tensor, nn.Parameter):
+                    new = _as_parameter(new, tensor)
+                    self.replaced[tensor] = Replacement(new, maps)
+                    if delta is not None:
+                        self._displacements.append((new, delta))
+                for module, store, key in sites[id(tensor)]:
+                    self._put.append((module, store, key, new))
+
+    def _touched(self, port: PortMap) -> bool:
+        return bool(np.isin(port.neuron, list(self._number)).any())
+
+    def _port_growth(self, port: PortMap) -> _PortGrowth:
+        """New layout of one port: each run of a split neuron is repeated as a block per offspring."""
+        neuron, run = port
+        size = len(neuron)
+        starts = np.flatnonzero(np.r_[True, (neuron[1:] != neuron[:-1]) | (run[1:] != run[:-1])])
+        index, factor, split, ordinal = [], [], [], []
+        for start, stop in zip(starts, np.r_[starts[1:], size], strict=True):
+            block = np.arange(start, stop)
+            number = self._number.get(int(neuron[start]), -1)
+            weights = self._splits[number].weights if number >= 0 else (1.0,)
+            for i, w in enumerate(weights):
+                index.append(block)
+                factor.append(np.full(len(block), w))
+                split.append(np.full(len(block), number))
+                ordinal.append(np.full(len(block), i))
+        return _PortGrowth(
+            *(torch.from_numpy(np.concatenate(part)) for part in (index, factor, split, ordinal))
+        )
+
+    def _grown(
+        self,
+        path: str,
+        name: str,
+        tensor: Tensor,
+        axes: Mapping[int, Port],
+        growth: Mapping[Port, _PortGrowth],
+        displaced: Mapping[tuple[int, int], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None, dict[int, AxisMap]]:
+        """The widened tensor, what displacement adds to it, and how its axes grew."""
+        new, delta = tensor.detach(), None
+        maps: dict[int, AxisMap] = {}
+        for axis, port in sorted(axes.items(), key=lambda item: item[1] == "in"):
+            if port not in growth:
+                continue
+            g = growth[port]
+            size = len(self._arch.ports[path, port].neuron)
+            multiple, rest = divmod(tensor.shape[axis], size)
+            if rest or multiple == 0:
+                raise ValueError(
+                    f"The tensor '{path}.{name}' has {tensor.shape[axis]} entries along axis {axis} where the "
+                    f"architecture says {size}; trace the model again after each growth."
+                )
+            index = (g.index[:, None] * multiple + torch.arange(multiple)).flatten()
+            factor = g.factor.repeat_interleave(multiple)
+            place = index.to(tensor.device)
+            new = new.index_select(axis, place)
+            if port == "in":
+                new = _scaled(new, factor, axis)
+                if delta is not None:
+                    delta = _scaled(delta.index_select(axis, place), factor, axis)
+                maps[axis] = AxisMap(index, torch.ones_like(factor))
+            else:
+                maps[axis] = AxisMap(index, factor)
+                if displaced and port == "out":
+                    delta = self._delta(new, axis, g, displaced)
+        return _same_format(new, tensor), delta, maps
+
+    def _delta(
+        self, new: Tensor, axis: int, g: _PortGrowth, displaced: Mapping[tuple[int, int], Tensor]
+    ) -> Tensor:
+        """Displacement of every row; consumers' columns are still those of the old layout."""
+        delta = torch.zeros_like(new)
+        rows = delta.movedim(axis, 0)
+        entries = (g.split >= 0).nonzero().flatten()
+        for entry in entries.tolist():
+            number, ordinal, old = int(g.split[entry]), int(g.ordinal[entry]), int(g.index[entry])
+            row = displaced.get((number, old))
+            if row is not None:
+                rows[entry] = row[ordinal].to(new)
+        return delta
+
+    def _theta_displacements(self) -> dict[tuple[str, str], dict[tuple[int, int], Tensor]]:
+        """For each producer tensor: (split, old row) -> displacement of that row for every offspring."""
+        found: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = defaultdict(dict)
+        for number, split in enumerate(self._splits):
+            group = self._arch.group(split.group)
+            offset = 0
+            for block in group.theta:
+                part = split.displacements[:, offset : offset + block.size]
+                offset += block.size
+                tensor = self._model.get_submodule(block.module)._parameters[block.tensor]
+                assert tensor is not None
+                shape = tensor.movedim(block.axis, 0).shape[1:]
+                rows = block.rows[split.neuron].tolist()
+                values = part.reshape(len(split.weights), len(rows), *shape)
+                for r, row in enumerate(rows):
+                    found[block.module, block.tensor][number, row] = values[:, r]
+        return found
+
+    def _sizes(self, layer: nn.Module) -> dict[Port, int]:
+        """Number of neurons on each port of a layer that already holds its new tensors."""
+        grown = self._growth.get(id(layer), {})
+        sizes: dict[Port, int] = {port: len(g.index) for port, g in grown.items()}
+        rule = rule_for(layer)
+        for _, axes in layer_tensors(layer).values():
+            for port in axes.values():
+                if port not in sizes and rule is not None:
+                    sizes[port] = rule.port_size(layer, port) or 0
+        return sizes
+
+
+def _check_splits(arch: Architecture, splits: Sequence[Split]) -> None:
+    seen: set[tuple[str, int]] = set()
+    for split in splits:
+        group: ChannelGroup = _known_group(arch, split.group)
+        here = f"The split of neuron {split.neuron} of '{split.group}'"
+        if not 0 <= split.neuron < group.width:
+            raise ValueError(f"{here} is out of range: the group has {group.width} neurons.")
+        if (split.group, split.neuron) in seen:
+            raise ValueError(f"{here} occurs twice; give one split with all its offspring.")
+        seen.add((split.group, split.neuron))
+        shape = tuple(split.displacements.shape)
+        if len(split.weights) < 2 or shape != (len(split.weights), group.dim):
+            raise ValueError(
+                f"{here} has {len(split.weights)} offspring weights and displacements of shape {shape}; it "
+                f"needs at least two weights and displacements of shape (number of weights, {group.dim})."
+            )
+        total = math.fsum(split.weights)
+        if not math.isfinite(total) or abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"{here} has offspring weights that sum to {total}; they must sum to 1, or the network's "
+                "function would jump."
+            )
+        if not bool(torch.isfinite(split.displacements).all()):
+            raise ValueError(f"{here} has displacements that are not finite.")
+
+
+def _known_group(arch: Architecture, name: str) -> ChannelGroup:
+    try:
+        return arch.group(name)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+
+
+def _sites(model: nn.Module) -> dict[int, list[tuple[nn.Module, dict[str, Any], str]]]:
+    """Every place of the model that holds a tensor, by the tensor's identity."""
+    sites: dict[int, list[tuple[nn.Module, dict[str, Any], str]]] = defaultdict(list)
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    sites[id(tensor)].append((module, store, name))
+    return sites
+
+
+def _scaled(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return tensor * factor.to(tensor).view(shape)  # cast first: float64 factors would promote bf16
+
+
+def _same_format(new: Tensor, old: Tensor) -> Tensor:
+    for memory_format in (torch.channels_last, torch.channels_last_3d):
+        fits = old.ndim == (4 if memory_format is torch.channels_last else 5)
+        if fits and old.is_contiguous(memory_format=memory_format) and not old.is_contiguous():
+            return new.contiguous(memory_format=memory_format)
+    return new.contiguous()
+
+
+def _as_parameter(new: Tensor, old: nn.Parameter) -> nn.Parameter:
+    """A parameter that takes the place of another: same flags, attributes and hooks."""
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    vars(parameter).update(vars(old))
+    for hook in (old._backward_hooks or {}).values():
+        parameter.register_hook(hook)
+    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+        parameter.register_post_accumulate_grad_hook(hook)
+    return parameter
