@@ -1,5 +1,6 @@
 """Grow the width of a network while it trains, by splitting neurons."""
 
+from lightning_split.callback import SplittingCallback
 from lightning_split.checkpoint import enable_growth, fit_to_state_dict, load_grown
 from lightning_split.eigen import Exact, Lanczos, RayleighDescent
 from lightning_split.growers import SteepestSplitting
@@ -8,5 +9,29 @@ from lightning_split.layers import LayerRule, register_layer_rule
 from lightning_split.selection import KnapsackEnergy, SelectionStrategy, Threshold, TopK
 from lightning_split.surgery import split_neurons
 from lightning_split.tracing import trace
+from lightning_split.triggers import Every, Plateau
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Every",
+    "Exact",
+    "GrowthReport",
+    "KnapsackEnergy",
+    "Lanczos",
+    "LayerRule",
+    "Plateau",
+    "RayleighDescent",
+    "SelectionStrategy",
+    "SplittingCallback",
+    "SteepestSplitting",
+    "Threshold",
+    "TopK",
+    "enable_growth",
+    "fit_to_state_dict",
+    "grow",
+    "load_grown",
+    "register_layer_rule",
+    "split_neurons",
+    "trace",
+]

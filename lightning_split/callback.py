@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -24,8 +23,8 @@ from lightning_split.optim import (
     TrainerRanks,
     carry_all,
     refuse_strategy,
+    rewrap,
     shadow_models,
-    unwrapped,
 )
 from lightning_split.probing import (
     BatchBuffer,
@@ -293,13 +292,7 @@ class SplittingCallback(pl.Callback):
         if fresh is not None and not fresh:  # fewer batches in an epoch than asked for
             half = (len(batches) + 1) // 2
             batches, fresh = batches[:half], batches[half:] or None
-        with quiet(trainer, pl_module), unwrapped(trainer, pl_module) as site:
-
-            @contextmanager
-            def operating() -> Any:
-                yield
-                site.commit()
-
+        with quiet(trainer, pl_module):
             report = grow(
                 pl_module,
                 batches[: self.num_batches],
@@ -315,14 +308,13 @@ class SplittingCallback(pl.Callback):
                 max_macs=self.max_macs,
                 seed=self.seed + len(self.history),
                 ranks=TrainerRanks(trainer),
-                surgery_context=operating,
             )
-            for shadow in shadow_models(trainer):
-                if report.splits:
-                    surgery = Surgery(shadow, report.splits, report.architecture)
-                    surgery.apply()
-                    surgery.displace()
         if report.splits:
+            for shadow in shadow_models(trainer):
+                surgery = Surgery(shadow, report.splits, report.architecture)
+                surgery.apply()
+                surgery.displace()
+            rewrap(trainer, pl_module)
             carry_all(trainer, report.replaced, self.optimizer_state, self.lr_schedule)
             if "torch._dynamo" in sys.modules:
                 torch._dynamo.reset()  # each growth is one recompilation; without this, eight are the limit

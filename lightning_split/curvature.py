@@ -261,9 +261,10 @@ class SplittingOperator:
         gathered: Vectors = {}
         for name, v in vectors.items():
             parts = [
-                _gather(result[key], block).to(v) if key in result else v.new_zeros(len(v), block.size)
+                v.new_zeros(len(v), block.size)
+                if (found := result.get((block.module, block.tensor))) is None
+                else _gather(found, block).to(v)
                 for block in self._groups[name].theta
-                for key in [(block.module, block.tensor)]
             ]
             gathered[name] = torch.cat(parts, dim=1)
         return gathered

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,9 +18,7 @@ from lightning_split.eigen import Eigenpairs
 from lightning_split.growers import Grower, Proposal, SteepestSplitting
 from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
-from lightning_split.selection import Candidate, SelectionStrategy, TopK
-from lightning_split import selection as _sel  # TEMP
-best_per_neuron = getattr(_sel, 'best_per_neuron', list)  # TEMP
+from lightning_split.selection import Candidate, SelectionStrategy, TopK, best_per_neuron
 from lightning_split.surgery import Replacement, Split, Surgery
 from lightning_split.tracing import trace_step
 from lightning_split.verification import Readings, readings, what_broke
@@ -59,7 +57,7 @@ class GrowthReport:
     @property
     def standard_error(self) -> float:
         """Standard error of :attr:`predicted_gain`, neurons taken as independent."""
-        return sum(c.standard_error**2 for c in self.chosen) ** 0.5
+        return math.sqrt(sum(c.standard_error**2 for c in self.chosen))
 
     def __str__(self) -> str:
         rows = []
@@ -75,15 +73,14 @@ class GrowthReport:
             )
         head = ("group", "width", "after", "splits", "splitting index", "predicted gain")
         lines = table(head, rows, right=(1, 2, 3, 4, 5))
-        before, after = self.cost_before, self.cost_after
+        old, new = self.cost_before, self.cost_after
         error = f" ± {self.standard_error:.1e}" if self.confirmed else ""
         lines += [
             f"predicted gain {self.predicted_gain:.3e}{error}"
             + (f" (estimated {self.estimated_gain:.3e})" if self.confirmed else "")
             + f", measured {self.measured_gain:.3e}",
             f"loss {self.loss_before:.5f} -> {self.loss_after:.5f}",
-            f"parameters {before.params:,} -> {after.params:,}, "
-            f"MACs {before.macs:,.0f} -> {after.macs:,.0f}",
+            f"parameters {old.params:,} -> {new.params:,}, MACs {old.macs:,.0f} -> {new.macs:,.0f}",
         ]
         if not self.splits:
             lines.append("No neuron was split: no candidate was chosen.")
@@ -112,7 +109,6 @@ def grow(
     keep_graphs: int = 1,
     seed: int = 0,
     ranks: Ranks | None = None,
-    surgery_context: Callable[[], Any] | None = None,
 ) -> GrowthReport:
     """Grow a network once, in place, by splitting the neurons that pay.
 
@@ -139,7 +135,6 @@ def grow(
         keep_graphs: Batches whose graph is kept between products; more is faster and takes more memory.
         seed: Makes a growth repeatable bit for bit.
         ranks: Collectives, where several processes grow together.
-        surgery_context: Context in which the model is changed (the callback unwraps DDP in it).
 
     Returns:
         The report; ``report.replaced`` carries an optimizer along
@@ -196,14 +191,13 @@ def grow(
 
     after_cost = network_cost(model, whole, surgery)
     if chosen:
-        with surgery_context() if surgery_context else nullcontext():
-            surgery.apply()
-            try:
-                surgery.displace()
-                after_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
-            except BaseException:
-                surgery.revert()
-                raise
+        surgery.apply()
+        try:
+            surgery.displace()
+            after_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
+        except BaseException:
+            surgery.revert()
+            raise
     else:
         after_loss = before_loss
     grown = {c.group: 0 for c in chosen}
@@ -244,9 +238,14 @@ def select_groups(
         names = (group.name, *group.producers)
         return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
+    if not arch.groups and not arch.unsplittable:
+        raise ValueError(
+            "No neuron of this network can be split: no layer that has a LayerRule was called. Either the loss "
+            "does not depend on the network, or its layers need a rule (register_layer_rule)."
+        )
     if not arch.groups:
         reasons = "; ".join(f"'{u.name}': {u.reason}" for u in arch.unsplittable[:5])
-        raise ValueError(f"No neuron of this network can be split ({reasons or 'it has no layer with a rule'}).")
+        raise ValueError(f"No neuron of this network can be split ({reasons}).")
     kept = [
         g
         for g in arch.groups

@@ -116,7 +116,8 @@ class LabelMode(TorchDispatchMode):
 
     def get(self, tensor: Tensor) -> Tensor | None:
         """The labels of a tensor (same shape), or ``None`` if it carries no neuron."""
-        return self._labels.get(tensor)
+        found: Tensor | None = self._labels.get(tensor)
+        return found
 
     def set(self, tensor: Tensor, labels: Tensor | None) -> None:
         """Give a tensor its labels."""

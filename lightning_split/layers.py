@@ -161,14 +161,16 @@ def layer_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, Mapping[int, Port
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:
-    found = layer._parameters.get(name)
-    return layer._buffers.get(name) if found is None else found
+    if name in layer._parameters:
+        return layer._parameters[name]
+    return layer._buffers.get(name)
 
 
 def is_uninitialized(layer: nn.Module) -> bool:
     """Whether the layer is lazy and has not yet seen a batch."""
     return isinstance(layer, LazyModuleMixin) and any(
-        is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())
+        t is not None and is_lazy(t)
+        for t in (*layer._parameters.values(), *layer._buffers.values())
     )
 
 
@@ -281,7 +283,7 @@ class _BatchNormRule(_Channelwise):
 class _InstanceNormRule(_BatchNormRule):
     def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
         assert isinstance(layer, _InstanceNorm)
-        return -int(layer._get_no_batch_dim())  # type: ignore[operator]
+        return -int(layer._get_no_batch_dim())
 
 
 class _PReLU(_Channelwise):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,8 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
     """Run a model without leaving a trace.
 
     Inside, all modules are in one mode, gradients are enabled and the random state is seeded. On exit the
-    training flag of every module, the buffers (values and identity), the ``.grad`` of every parameter and
-    the random state are what they were, whatever happened.
+    training flag of every module, the buffers, the ``.grad`` of every parameter, the modules' plain
+    attributes (counters, lists, metric states) and the random state are what they were, whatever happened.
 
     Args:
         model: The model.
@@ -57,6 +59,8 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for m, _ in modes:
+            stack.enter_context(_attributes_kept(m))
         try:
             # Copies take the buffers' places: the originals are not even written to, and a graph that is
             # kept for later products still finds the values that it was made with.
@@ -76,6 +80,41 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
                 store[name] = buffer
             for p, grad in grads:
                 p.grad = grad
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Let code write to a module's own attributes, and undo it."""
+    attributes = vars(module)
+    before = {name: value for name, value in attributes.items() if name not in _INTERNAL}
+    contents = {name: copy(v) for name, v in before.items() if type(v) in (list, dict, set, deque)}
+    for name, value in before.items():
+        if isinstance(value, Tensor) and not value.requires_grad:
+            attributes[name] = value.clone()  # metric states are added to in place
+    try:
+        yield
+    finally:
+        for name in [n for n in attributes if n not in before and n not in _INTERNAL]:
+            del attributes[name]
+        attributes.update(before)
+        for name, content in contents.items():
+            _refill(before[name], content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    same = len(container) == len(content) and all(
+        a is b for a, b in zip(_flat(container), _flat(content), strict=True)
+    )
+    if not same:
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+def _flat(container: Any) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
 
 
 def tensors_in(value: Any, depth: int = 6) -> list[Tensor]:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
 COSTS = ("params", "macs")
 SOLVERS = ("milp", "lp", "greedy")
+_NUM_CUTS = 10
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class SelectionStrategy(ABC):
         >>> class FirstLayerOnly(SelectionStrategy):
         ...     def select(self, candidates):
         ...         return [c for c in best_per_neuron(candidates) if c.group == "0"]
-        >>> FirstLayerOnly().select([Candidate("0", 3, gain=0.1), Candidate("2", 0, gain=0.5)])
-        [Candidate(group='0', neuron=3, gain=0.1, ...)]
+        >>> offered = [Candidate("0", 3, gain=0.1), Candidate("2", 0, gain=0.5)]
+        >>> [(c.group, c.neuron) for c in FirstLayerOnly().select(offered)]
+        [('0', 3)]
     """
 
     cost: str = "params"
@@ -151,8 +153,8 @@ class Threshold(SelectionStrategy):
         max_count: At most so many neurons, the most negative first.
 
     Raises:
-        ValueError: If ``index`` is not finite or ``max_count`` is negative; in ``select``, if a gain
-            or splitting index is not finite.
+        ValueError: If ``index`` is not finite or ``max_count`` is negative; in ``select``, if a
+            gain or splitting index is not finite.
 
     References:
         Liu, Wu, Wang (2019), arXiv:1910.02366.
@@ -174,7 +176,7 @@ class Threshold(SelectionStrategy):
 
     def select(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The neurons at or below the threshold; see :meth:`SelectionStrategy.select`."""
-        best = _best(candidates, _index)
+        best = _lowest(candidates, _index)
         ranked = sorted((c for c in best if _index(c) <= self.index), key=_index)
         return _first(ranked, self.max_count, None)
 
@@ -192,8 +194,9 @@ class KnapsackEnergy(SelectionStrategy):
             bound to, and of the sum of the candidates' costs as long as it is not bound; anything
             else is absolute (the int ``1`` is one unit of cost).
         cost: ``"params"`` or ``"macs"``: what a split costs.
-        solver: ``"milp"`` is exact (HiGHS, to its node limit), ``"lp"`` the relaxation of the paper,
-            rounded down and filled up greedily, ``"greedy"`` takes the best gain per cost first.
+        solver: ``"milp"`` is exact (HiGHS, to its node limit), ``"lp"`` the relaxation of the
+            paper, rounded down and filled up greedily, ``"greedy"`` takes the best gain per cost
+            first.
         per_group_max: At most so many neurons of one group.
         network_cost: Total cost of the network; set by :meth:`bind`.
 
@@ -212,11 +215,12 @@ class KnapsackEnergy(SelectionStrategy):
         ... ]
         >>> [(c.group, c.neuron) for c in KnapsackEnergy(budget=6).select(offered)]
         [('b', 0), ('b', 1)]
-        >>> KnapsackEnergy(budget=0.25, cost="params").bind(network_cost=20.0).select(offered)
-        [Candidate(group='a', neuron=0, gain=6.0, cost=5.0, ...)]
+        >>> a_quarter = KnapsackEnergy(budget=0.25).bind(network_cost=20.0)
+        >>> [(c.group, c.neuron) for c in a_quarter.select(offered)]
+        [('a', 0)]
     """
 
-    budget: float
+    budget: int | float
     cost: str = "macs"
     solver: str = "milp"
     per_group_max: int | None = None
@@ -253,7 +257,7 @@ class KnapsackEnergy(SelectionStrategy):
                     f"Neuron {c.neuron} of group '{c.group}' has cost {c.cost!r}; KnapsackEnergy "
                     "needs positive finite costs."
                 )
-        _check_finite(candidates, "gain", lambda c: c.gain)
+        _check_finite(candidates)
         budget = float(self.budget)
         if isinstance(self.budget, float) and self.budget <= 1.0:
             total = self.network_cost
@@ -273,16 +277,166 @@ class _Knapsack:
         self, items: Sequence[Candidate], budget: float, per_group_max: int | None
     ) -> None:
         self.items, self.budget, self.per_group_max = items, budget, per_group_max
-        self.gains = np.array([c.gain for c in items])
-        costs = np.array([c.cost for c in items])
-        self.rows, self.limits = [costs / budget], [1.0]
-        neurons = _classes([(c.group, c.neuron) for c in items], len(items))
-        self._limit((members for members in neurons if members.sum() > 1), 1.0)
+        # Tolerances of HiGHS are absolute, 1e-6: in these units they are 1e-9 of the largest gain
+        # and of the budget.
+        largest = max(c.gain for c in items)
+        self.objective = np.array([-1e3 * c.gain / largest for c in items])
+        self.rows = [{i: 1e3 * c.cost / budget for i, c in enumerate(items)}]
+        self.limits = [1e3]
+        self._limit_each([(c.group, c.neuron) for c in items], 1)
         if per_group_max is not None:
-            groups = _classes([c.group for c in items], len(items))
-            self._limit((m for m in groups if m.sum() > per_group_max), float(per_group_max))
+            self._limit_each([c.group for c in items], per_group_max)
 
-    def _limit(self, rows: Iterable[np.ndarray], limit: float) -> None:
-        for row in rows:
-            self.rows.append(row)
-            self.limits.append(limit)
+    def _limit_each(self, keys: Sequence[Hashable], limit: int) -> None:
+        """At most ``limit`` of the items that share a key."""
+        members: dict[Hashable, dict[int, float]] = {}
+        for i, key in enumerate(keys):
+            members.setdefault(key, {})[i] = 1.0
+        for row in members.values():
+            if len(row) > limit:
+                self.rows.append(row)
+                self.limits.append(limit)
+
+    def _matrix(self) -> csr_array:
+        entries = [(r, i, value) for r, row in enumerate(self.rows) for i, value in row.items()]
+        rows, columns, values = zip(*entries, strict=True)
+        return csr_array((values, (rows, columns)), shape=(len(self.rows), len(self.items)))
+
+    def exact(self) -> list[Candidate]:
+        """The optimum, by branch and cut."""
+        for attempt in range(_NUM_CUTS + 1):
+            if attempt == _NUM_CUTS:
+                self.limits[0] *= 1.0 - 1e-8  # stay clear of the tolerance
+            result = milp(
+                self.objective,
+                integrality=1,
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(self._matrix(), -math.inf, self.limits),
+                options={"mip_rel_gap": 1e-9, "node_limit": 20_000},
+            )
+            if result.x is None:  # no solution within the node limit
+                break
+            chosen = [i for i, x in enumerate(result.x) if x > 0.5]
+            if self._is_affordable(chosen):
+                return self._filled(chosen)
+            # Over the budget by less than the tolerance: these items never fit together.
+            self.rows.append(dict.fromkeys(chosen, 1.0))
+            self.limits.append(len(chosen) - 1)
+        return self.rounded()
+
+    def rounded(self) -> list[Candidate]:
+        """The linear relaxation rounded down, the rest of the budget filled up greedily."""
+        result = linprog(
+            self.objective, A_ub=self._matrix(), b_ub=self.limits, bounds=(0, 1), method="highs"
+        )
+        if result.x is None:
+            return self.greedy()
+        chosen = [i for i in self._by_density() if result.x[i] >= 1.0 - 1e-9]
+        while not self._is_affordable(chosen):
+            chosen.pop()
+        return self._filled(chosen)
+
+    def greedy(self) -> list[Candidate]:
+        """The best gain per cost first, or the one best candidate if that is worth more."""
+        filled = self._filled([])
+        best = max(self.items, key=lambda c: c.gain)
+        return filled if math.fsum(c.gain for c in filled) >= best.gain else [best]
+
+    def _is_affordable(self, chosen: Sequence[int]) -> bool:
+        return math.fsum(self.items[i].cost for i in chosen) <= self.budget
+
+    def _by_density(self) -> list[int]:
+        items = self.items
+        return sorted(range(len(items)), key=lambda i: -items[i].gain / items[i].cost)
+
+    def _filled(self, chosen: list[int]) -> list[Candidate]:
+        """The chosen items and whatever else still fits, best gain per cost first."""
+        spent = math.fsum(self.items[i].cost for i in chosen)
+        neurons = {(self.items[i].group, self.items[i].neuron) for i in chosen}
+        groups = Counter(self.items[i].group for i in chosen)
+        cap = len(self.items) if self.per_group_max is None else self.per_group_max
+        added: list[int] = []
+        for i in self._by_density():
+            c = self.items[i]
+            if (c.group, c.neuron) in neurons or groups[c.group] >= cap:
+                continue
+            if spent + c.cost <= self.budget:
+                added.append(i)
+                spent += c.cost
+                neurons.add((c.group, c.neuron))
+                groups[c.group] += 1
+        while added and not self._is_affordable(chosen + added):  # rounding of the running sum
+            added.pop()
+        return [self.items[i] for i in chosen + added]
+
+
+def best_per_neuron(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The candidate of largest gain of every neuron, ordered by group and neuron.
+
+    Args:
+        candidates: In any order; ties go to the lower cost, then to the lower scheme name.
+
+    Raises:
+        ValueError: If a gain is not finite.
+
+    Example:
+        >>> offered = [Candidate("fc", 0, 0.1), Candidate("fc", 0, 0.3, scheme="quartet")]
+        >>> [c.scheme for c in best_per_neuron(offered)]
+        ['quartet']
+    """
+    return _lowest(candidates, lambda c: -c.gain)
+
+
+def _index(candidate: Candidate) -> float:
+    """The splitting index, or the negative gain where there is none."""
+    index = candidate.splitting_index
+    return -candidate.gain if index is None else index
+
+
+def _order(c: Candidate) -> tuple[str, int, str, float, float, tuple[float, ...]]:
+    """Canonical order, so that no result depends on the order of the candidates."""
+    return c.group, c.neuron, c.scheme, c.cost, -c.gain, c.weights
+
+
+def _lowest(
+    candidates: Iterable[Candidate], value: Callable[[Candidate], float]
+) -> list[Candidate]:
+    """The candidate of lowest value of every neuron, in canonical order."""
+    best: dict[tuple[str, int], Candidate] = {}
+    candidates = list(candidates)
+    _check_finite(candidates)
+    for c in sorted(candidates, key=lambda c: (value(c), c.cost, _order(c))):
+        best.setdefault((c.group, c.neuron), c)
+    return sorted(best.values(), key=_order)
+
+
+def _first(
+    ranked: Iterable[Candidate], limit: int | None, per_group_max: int | None
+) -> list[Candidate]:
+    """The first candidates within the limits, in canonical order."""
+    taken: list[Candidate] = []
+    groups: Counter[str] = Counter()
+    for c in ranked:
+        if limit is not None and len(taken) >= limit:
+            break
+        if per_group_max is None or groups[c.group] < per_group_max:
+            taken.append(c)
+            groups[c.group] += 1
+    return sorted(taken, key=_order)
+
+
+def _check_finite(candidates: Iterable[Candidate]) -> None:
+    for c in candidates:
+        for what, value in (("gain", c.gain), ("splitting index", _index(c))):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"Neuron {c.neuron} of group '{c.group}' has {what} {value!r}; a strategy "
+                    "needs finite numbers, so check the loss for NaN."
+                )
+
+
+def _check_count(strategy: str, option: str, count: object, least: int) -> None:
+    if count is not None and (not isinstance(count, int) or count < least):
+        raise ValueError(
+            f"{strategy} needs {option} to be an integer of at least {least}, got {count!r}."
+        )

@@ -32,7 +32,8 @@ class Split:
     displacements: Tensor  # δ, (m, dim), step size included, laid out as ChannelGroup.theta
 
 
-class AxisMap(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AxisMap:
     """How one axis of a tensor grew."""
 
     index: Tensor  # (new size,) int64: the old position that each new position copies
@@ -46,7 +47,8 @@ class Replacement(NamedTuple):
     maps: dict[int, AxisMap]
 
 
-class _PortGrowth(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _PortGrowth:
     index: Tensor  # (new,) old position
     factor: Tensor  # (new,) offspring weight w_i, 1 where nothing was split
     split: Tensor  # (new,) number of the split that made the entry, -1 where nothing was split

@@ -31,7 +31,7 @@ class _Smoothed(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         return grad * ctx.derivative(x, ctx.beta), None, None, None
 
@@ -144,7 +144,7 @@ def _add(reader: Callable[..., Derivative | None], name: str) -> None:
                     _WRITERS.add(function)
 
 
-for _name, _reader in {
+_NAMES: dict[str, Callable[..., Derivative | None]] = {
     "relu": _relu,
     "relu6": _read_relu6,
     "leaky_relu": _read_leaky,
@@ -160,7 +160,8 @@ for _name, _reader in {
     "hardsigmoid": lambda *a, **k: _hardsigmoid,
     "softshrink": _read_softshrink,
     "abs": _read_abs,
-}.items():
+}
+for _name, _reader in _NAMES.items():
     _add(_reader, _name)
 
 
@@ -185,7 +186,9 @@ class SmoothDerivatives(TorchFunctionMode):
         if reader is None or "out" in kwargs:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs.get("input", kwargs.get("self"))
-        derivative = reader(*args, **kwargs) if isinstance(x, Tensor) and x.requires_grad else None
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            return func(*args, **kwargs)
+        derivative = reader(*args, **kwargs)
         if derivative is None:
             return func(*args, **kwargs)
         writes = func in _WRITERS or _asks_in_place(func, args, kwargs)

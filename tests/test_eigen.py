@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_split.eigen import Eigenpairs, EigenSolver, Exact, Lanczos, RayleighDescent
 from torch import Tensor
 from torch.testing import assert_close
-
-from lightning_split.eigen import Eigenpairs, EigenSolver, Exact, Lanczos, RayleighDescent
 
 SPECTRA: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
     "random": lambda n, d, g: torch.randn(n, d, dtype=torch.float64, generator=g),

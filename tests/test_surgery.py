@@ -123,7 +123,8 @@ def test_maps_say_where_each_new_entry_comes_from_and_how_gradients_scale() -> N
     assert len(replaced) == 12
     for name, p in old.items():
         expected = grads[name]
-        for axis, (index, scale) in (replaced[p].maps if p in replaced else {}).items():
+        for axis, grew in (replaced[p].maps if p in replaced else {}).items():
+            index, scale = grew.index, grew.scale
             shape = [1] * expected.ndim
             shape[axis] = -1
             expected = expected.index_select(axis, index) * scale.view(shape)
