@@ -3,7 +3,7 @@
     python examples/quickstart.py          # about a minute on two cores
     tensorboard --logdir runs              # scalars, histograms and a figure for every growth
 
-The module below knows nothing of lightning_split. It starts with four channels; one callback grows it.
+The module below knows nothing of lightning_split. It starts with two channels; one callback grows it.
 In the end the same seed is trained equally long without the callback.
 """
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
 class DigitNet(pl.LightningModule):
     """An ordinary module: two residual blocks on 8x8 images, Adam, cross-entropy."""
 
-    def __init__(self, width: int = 4, lr: float = 3e-3) -> None:
+    def __init__(self, width: int = 2, lr: float = 3e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the example; returns the two accuracies and the number of growths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--width", type=int, default=4, help="channels of the seed network")
+    parser.add_argument("--width", type=int, default=2, help="channels of the seed network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for TensorBoard")
     parser.add_argument("--fast", action="store_true", help="a few epochs, for a test")
@@ -134,10 +134,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     splitting = SplittingCallback(
         strategy=TopK(fraction=0.5),
         monitor="train_loss",
-        patience=1 if args.fast else 3,
-        min_delta=10.0 if args.fast else 5e-3,
+        patience=1 if args.fast else 2,
+        min_delta=10.0 if args.fast else 0.04,
         cooldown=0 if args.fast else 3,
-        step_size=0.1,
+        step_size=0.03,
         max_growths=2 if args.fast else 5,
     )
     _, grown = fit("grown", [splitting], args)
