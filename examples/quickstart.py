@@ -128,8 +128,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     if args.fast:
         args.epochs = 8
+    torch.set_num_threads(1)  # images of 8x8 pixels: more threads would only wait for each other
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 on torch 2.14
 
     splitting = SplittingCallback(
         strategy=TopK(fraction=0.5),

@@ -22,6 +22,7 @@ from lightning_split.lineage import Lineage
 from lightning_split.optim import (
     TrainerRanks,
     carry_all,
+    refuse_optimizers,
     refuse_strategy,
     rewrap,
     shadow_models,
@@ -173,12 +174,6 @@ class SplittingCallback(pl.Callback):
             enable_growth(shadow)
 
     def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        mine = [c for c in trainer.callbacks if isinstance(c, SplittingCallback)]  # type: ignore[attr-defined]
-        if len(mine) > 1:
-            raise MisconfigurationException(
-                f"The Trainer has {len(mine)} SplittingCallbacks, which would grow the same network behind "
-                "each other's back; use one, with a strategy that covers both."
-            )
         known = self._module() if self._module is not None else None
         if self._module is not None and known is not pl_module and (self.history or known is not None):
             raise MisconfigurationException(
@@ -192,6 +187,10 @@ class SplittingCallback(pl.Callback):
         refuse_strategy(trainer)
         if self.loss_fn is None:
             refuse_unprobeable(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_optimizers(trainer)
 
     # when ---------------------------------------------------------------------------------------------
 
@@ -329,7 +328,8 @@ class SplittingCallback(pl.Callback):
         for split in report.splits:
             offspring.setdefault(split.group, {})[split.neuron] = len(split.weights)
         for group, counts in offspring.items():
-            self.lineage.record(group, counts, growth=number)
+            width = report.widths_before[group]
+            self.lineage.record(group, counts, growth=number, width=width)
         self.history.append(
             {
                 "growth": number,

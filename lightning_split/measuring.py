@@ -24,18 +24,24 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: If given, all of them start from this seed inside.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
+    on_gpu = torch.cuda.is_initialized()
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            # torch.manual_seed would also note the call stack for devices that are not in use
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer
     }
     if not found:
         return
-    carried: dict[nn.Parameter, dict[str, Any]] = {}
+    carried: dict[Tensor, dict[str, Any]] = {}
     lost: list[str] = []
     for old, replacement in found.items():
         state = optimizer.state.get(old)
@@ -353,11 +353,16 @@ class TrainerRanks(Ranks):
         """Every tensor concatenated over the processes along its first dimension, in rank order."""
         if self._trainer.world_size == 1:
             return tensors
-        strategy: Any = self._trainer.strategy
-        return {
-            name: strategy.all_gather(t.to(strategy.root_device)).flatten(0, 1).to(t.device)
-            for name, t in tensors.items()
-        }
+        strategy = self._trainer.strategy
+        gathered = {}
+        for name, t in tensors.items():
+            # A sum in which every rank fills its own row is exact, and spares a deprecated all_gather.
+            rows = torch.zeros(
+                self._trainer.world_size, *t.shape, dtype=t.dtype, device=strategy.root_device
+            )
+            rows[self._trainer.global_rank] = t
+            gathered[name] = strategy.reduce(rows, reduce_op="sum").flatten(0, 1).to(t.device)
+        return gathered
 
     def agree(self, decision: T) -> T:
         """The decision of the first process."""

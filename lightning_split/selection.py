@@ -312,11 +312,9 @@ class _Knapsack:
         """The optimum to a relative ``tolerance`` of the total gain, by branch and cut."""
         tolerance = 1e-9 if len(self.items) <= _NUM_EXACT else 1e-4
         best, bound = self._relaxed()
-        for attempt in range(_NUM_CUTS + 1):
+        for _ in range(_NUM_CUTS):
             if _total_gain(best) >= bound * (1.0 - tolerance):
                 break
-            if attempt == _NUM_CUTS:
-                self.limits[0] *= 1.0 - 1e-8  # stay clear of the tolerance
             result = milp(
                 self.objective,
                 integrality=1,

@@ -1,18 +1,193 @@
-"""TEMPORARY stand-in until the real module lands."""
+"""Triggers: when to grow."""
+
 from __future__ import annotations
+
 import math
-class Trigger:
-    monitor = None
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+__all__ = ["Every", "Plateau", "Trigger"]
+
+
+class Trigger(ABC):
+    """Decides when a growth is due; the seam for a schedule of your own.
+
+    A growth is *due* until it has happened: a trigger must not rely on being asked at one certain moment,
+    because a resumed run may skip it. Its state must consist of numbers, strings, booleans and ``None``.
+    """
+
+    monitor: str | None = None  # name of the logged metric that observe() wants to see
+
+    def observe(self, value: float | None, *, epoch: int, step: int) -> None:
+        """See the monitored metric of an epoch that has just ended; called once per epoch."""
+        return None
+
+    @abstractmethod
+    def due(self, *, epoch: int, step: int) -> bool:
+        """Whether the network should grow now, before the given epoch or step is trained."""
+
+    @abstractmethod
+    def fired(self, *, epoch: int, step: int) -> None:
+        """A growth has just been tried."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
 class Plateau(Trigger):
-    def __init__(self, monitor="train_loss", mode="min", patience=3, min_delta=1e-3, cooldown=0):
-        self.monitor, self.mode, self.patience, self.min_delta, self.cooldown = monitor, mode, patience, min_delta, cooldown
-        self.best, self.wait, self.cool = math.inf, 0, 0
-    def observe(self, value, *, epoch, step):
-        if self.cool > 0: self.cool -= 1; return
-        if value < self.best - self.min_delta: self.best, self.wait = value, 0
-        else: self.wait += 1
-    def due(self, *, epoch, step): return self.wait >= self.patience
-    def fired(self, *, epoch, step): self.best, self.wait, self.cool = math.inf, 0, self.cooldown
-    def state_dict(self): return dict(best=self.best, wait=self.wait, cool=self.cool)
-    def load_state_dict(self, s): self.__dict__.update(s)
-Every = Plateau
+    """Grow when a metric has stopped improving.
+
+    After a growth the best value starts anew, so the bump that a growth may cause is forgiven. A value that
+    is not finite counts as no improvement.
+
+    Args:
+        monitor: Name of the logged metric, looked at once per epoch.
+        mode: ``"min"`` or ``"max"``: which way it improves.
+        patience: Grow after so many epochs in a row without improvement.
+        min_delta: Changes smaller than this are no improvement.
+        min_delta_mode: Whether ``min_delta`` is absolute (``"abs"``) or a share of the best value (``"rel"``).
+        cooldown: Epochs after a growth that are not looked at.
+        warmup: Epochs at the start of the run that are not looked at.
+        smoothing: Share of the past in an exponential average of the metric; 0 takes it as it comes.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "train_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 1e-3,
+        min_delta_mode: Literal["abs", "rel"] = "abs",
+        cooldown: int = 0,
+        warmup: int = 0,
+        smoothing: float = 0.0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+        if min_delta_mode not in ("abs", "rel"):
+            raise ValueError(f"min_delta_mode must be 'abs' or 'rel', got {min_delta_mode!r}.")
+        for name, count, least in (
+            ("patience", patience, 1),
+            ("cooldown", cooldown, 0),
+            ("warmup", warmup, 0),
+        ):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}.")
+        if not 0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must be at least 0 and finite, got {min_delta}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}.")
+        self.monitor = monitor
+        self.mode = mode
+        self.patience = patience
+        self.min_delta = min_delta
+        self.min_delta_mode = min_delta_mode
+        self.cooldown = cooldown
+        self.warmup = warmup
+        self.smoothing = smoothing
+        self._best: float | None = None
+        self._average: float | None = None
+        self._stale = 0  # observations in a row without improvement
+        self._resting = warmup  # observations still to be ignored
+
+    def observe(self, value: float | None, *, epoch: int, step: int) -> None:
+        """Count the epoch, unless it falls into the warm-up or a cooldown."""
+        if self._resting > 0:
+            self._resting -= 1
+            return
+        value = self._smoothed(value)
+        if value is not None and self._improves(value):
+            self._best, self._stale = value, 0
+        else:
+            self._stale += 1
+
+    def due(self, *, epoch: int, step: int) -> bool:
+        """Whether patience has run out."""
+        return self._stale >= self.patience
+
+    def fired(self, *, epoch: int, step: int) -> None:
+        """Forget the past and rest for the cooldown."""
+        self._best = self._average = None
+        self._stale, self._resting = 0, self.cooldown
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best and average value, and the two counters."""
+        return {
+            "best": self._best,
+            "average": self._average,
+            "stale": self._stale,
+            "resting": self._resting,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was saved."""
+        self._best, self._average = state["best"], state["average"]
+        self._stale, self._resting = int(state["stale"]), int(state["resting"])
+
+    def _smoothed(self, value: float | None) -> float | None:
+        if value is None or not math.isfinite(value):
+            return None
+        if self._average is not None:
+            value = self.smoothing * self._average + (1 - self.smoothing) * value
+        self._average = value
+        return value
+
+    def _improves(self, value: float) -> bool:
+        if self._best is None:
+            return True
+        margin = self.min_delta * (abs(self._best) if self.min_delta_mode == "rel" else 1.0)
+        return value < self._best - margin if self.mode == "min" else value > self._best + margin
+
+    def __repr__(self) -> str:
+        return (
+            f"Plateau(monitor={self.monitor!r}, mode={self.mode!r}, patience={self.patience}, "
+            f"min_delta={self.min_delta}, cooldown={self.cooldown})"
+        )
+
+
+class Every(Trigger):
+    """Grow every ``n`` epochs or optimizer steps; never before the first.
+
+    Args:
+        n: The period.
+        unit: ``"epoch"`` or ``"step"``.
+
+    Raises:
+        ValueError: If ``n`` is below 1 or the unit is another word.
+    """
+
+    def __init__(self, n: int, unit: Literal["epoch", "step"] = "epoch") -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}.")
+        if unit not in ("epoch", "step"):
+            raise ValueError(f"unit must be 'epoch' or 'step', got {unit!r}.")
+        self.n = n
+        self.unit = unit
+        self._last = 0  # epoch or step of the last growth
+
+    def due(self, *, epoch: int, step: int) -> bool:
+        """Whether ``n`` epochs or steps have passed since the last growth."""
+        return (epoch if self.unit == "epoch" else step) >= self._last + self.n
+
+    def fired(self, *, epoch: int, step: int) -> None:
+        """The next growth is ``n`` from here."""
+        self._last = epoch if self.unit == "epoch" else step
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the last growth was."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the saved growth."""
+        self._last = int(state["last"])
+
+    def __repr__(self) -> str:
+        return f"Every({self.n}, {self.unit!r})"

@@ -12,6 +12,7 @@ import torch
 def _seeded() -> Iterator[None]:
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the networks are tiny, and several test processes share the cores
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)

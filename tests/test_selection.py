@@ -249,15 +249,54 @@ def test_nothing_is_bought_for_nothing(solver: str) -> None:
     assert keys(KnapsackEnergy(3, solver=solver).select(offered)) == [("g", 0)]
 
 
-def test_exact_beats_greedy_where_greedy_is_wrong() -> None:
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_exact_beats_greedy_where_greedy_is_wrong(unit: float) -> None:
     """The textbook trap: the densest item blocks the best pair."""
     offered = [
-        Candidate("g", 0, gain=6.1, cost=6.0),
-        Candidate("g", 1, gain=5.0, cost=5.0),
-        Candidate("g", 2, gain=5.0, cost=5.0),
+        Candidate("g", 0, gain=6.1 * unit, cost=6.0),
+        Candidate("g", 1, gain=5.0 * unit, cost=5.0),
+        Candidate("g", 2, gain=5.0 * unit, cost=5.0),
     ]
     assert keys(KnapsackEnergy(10).select(offered)) == [("g", 1), ("g", 2)]
     assert keys(KnapsackEnergy(10, solver="greedy").select(offered)) == [("g", 0)]
+
+
+@pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])
+@pytest.mark.parametrize("cap", [None, 7])
+def test_with_equal_costs_the_knapsack_is_top_k(solver: str, cap: int | None) -> None:
+    """Many schemes per neuron and many neurons per group, in a case that is solved by sorting."""
+    generator = random.Random(0)
+    offered = [
+        Candidate(group, i, generator.uniform(-0.2, 1.0), cost=0.25, scheme=scheme)
+        for group in "abcd"
+        for i in range(20)
+        for scheme in "wxyz"
+    ]
+    chosen = KnapsackEnergy(6, solver=solver, per_group_max=cap).select(offered)
+    assert chosen == TopK(count=24, per_group_max=cap).select(offered)
+
+
+@pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])
+def test_a_tie_is_broken_the_same_way_in_any_order(solver: str) -> None:
+    """Equal neurons, of which only some can be paid: the same ones for every permutation."""
+    offered = [Candidate(group, i, 1.0, cost=2.0) for group in "ab" for i in range(4)]
+    strategy = KnapsackEnergy(7, solver=solver)
+    chosen = strategy.select(offered)
+    assert len(chosen) == 3
+    for seed in range(5):
+        random.Random(seed).shuffle(offered)
+        assert strategy.select(offered) == chosen
+
+
+@pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])
+def test_rounding_of_the_running_sum_does_not_overrun_the_budget(solver: str) -> None:
+    """Costs whose sum is within the budget only if it is rounded after every term."""
+    costs = [3.1, 5.1, 4.2]
+    budget = (costs[0] + costs[1]) + costs[2]
+    assert math.fsum(costs) > budget
+    offered = [Candidate("g", i, 3.0 - i / 2, cost=cost) for i, cost in enumerate(costs)]
+    chosen = KnapsackEnergy(budget, solver=solver).select(offered)
+    assert keys(chosen) == [("g", 0), ("g", 1)]
 
 
 def test_greedy_takes_the_one_large_prize() -> None:

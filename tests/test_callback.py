@@ -1,0 +1,366 @@
+"""SplittingCallback inside real Trainers: when it grows, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from modules import Classifier, Validated, assert_same, images, loader, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_split import (
+    Every,
+    KnapsackEnergy,
+    Plateau,
+    SplittingCallback,
+    Threshold,
+    TopK,
+    load_grown,
+)
+
+
+def _callback(**options: Any) -> SplittingCallback:
+    defaults: dict[str, Any] = {
+        "trigger": Every(1),
+        "strategy": TopK(count=2),
+        "num_batches": 2,
+        "confirm_batches": 1,
+        "verbose": False,
+    }
+    return SplittingCallback(**(defaults | options))
+
+
+def _widths(module: Classifier) -> tuple[int, int]:
+    return module.net[0].out_channels, module.net[5].out_features
+
+
+def _fit(tmp_path: Path, callback: SplittingCallback, *others: pl.Callback, **options: Any) -> Classifier:
+    pl.seed_everything(0, verbose=False)
+    module = Classifier()
+    trainer(tmp_path, callback, *others, **options).fit(module, loader())
+    return module
+
+
+def test_the_network_grows_and_goes_on_training(tmp_path: Path) -> None:
+    """Every epoch after the first: two neurons more, all in the optimizer, and all of them move."""
+    moved: list[bool] = []
+
+    class Watch(pl.Callback):
+        before: dict[str, Tensor]
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            self.before = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            moved.extend(not torch.equal(p, self.before[n]) for n, p in module.named_parameters())
+
+    callback = _callback()
+    module = _fit(tmp_path, callback, Watch())
+    assert sum(_widths(module)) == 3 + 8 + 3 * 2
+    assert [e["epoch"] for e in callback.history] == [1, 2, 3]
+    assert [e["step"] for e in callback.history] == [3, 6, 9]
+    assert len(moved) == 12 * 8
+    assert sum(moved) >= 0.9 * len(moved)  # a dead ReLU may rest for a step
+
+
+def test_growth_starts_when_the_loss_stops_falling(tmp_path: Path) -> None:
+    """The default trigger: after `patience` epochs without improvement by min_delta, not before."""
+
+    class Scripted(Classifier):
+        values = (1.0, 0.9, 0.9, 0.9, 0.8, 0.8, 0.8, 0.8)
+
+        def on_train_epoch_end(self) -> None:
+            self.log("plan", self.values[self.current_epoch])
+
+    callback = SplittingCallback(
+        monitor="plan", patience=2, min_delta=0.05, num_batches=1, confirm_batches=1, verbose=False
+    )
+    module = Scripted()
+    trainer(tmp_path, callback, max_epochs=8).fit(module, loader())
+    assert callback.history[0]["epoch"] == 4  # after the values of epochs 2 and 3
+    assert isinstance(callback.trigger, Plateau)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_triggers_grow_between_optimizer_steps_only(tmp_path: Path, accumulate: int) -> None:
+    """A growth in mid-epoch waits for the boundary at which Lightning zeroes the gradients."""
+    callback = _callback(trigger=Every(2, "step"), max_growths=2)
+    starts: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if len(callback.history) > len(starts):
+                starts.append(batch_idx)
+
+    _fit(tmp_path, callback, Watch(), max_epochs=3, accumulate_grad_batches=accumulate)
+    assert len(callback.history) == 2
+    assert all(b % accumulate == 0 for b in starts)
+
+
+def test_optimizer_moments_and_schedule_survive_a_growth(tmp_path: Path) -> None:
+    """Adam's moments of untouched rows and the cosine schedule run on as if nothing had happened."""
+    seen: dict[str, Any] = {}
+
+    class Watch(pl.Callback):
+        def _note(self, trainer: Any, module: Any, when: str) -> None:
+            optimizer = trainer.optimizers[0]
+            state = optimizer.state[module.net[7].bias]
+            seen[when] = (state["exp_avg"].clone(), float(state["step"]), optimizer.param_groups[0]["lr"])
+            seen[when + " rows"] = optimizer.state[module.net[7].weight]["exp_avg"].clone()
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 1:
+                self._note(trainer, module, self.when)
+
+        def __init__(self, when: str) -> None:
+            self.when = when
+
+    callback = _callback(include=["net.5"], strategy=TopK(count=1))
+    pl.seed_everything(0, verbose=False)
+    module = Classifier()
+    callbacks = (Watch("before"), callback, Watch("after"))
+    trainer(tmp_path, *callbacks, max_epochs=2).fit(module, loader())
+    assert_same(seen["before"], seen["after"])
+    (split,) = callback.history[0]["splits"]
+    parent = split[1]
+    index = [*range(parent + 1), *range(parent, 8)]
+    assert_same(seen["after rows"], seen["before rows"][:, index])
+
+
+def test_reset_and_restart_start_anew(tmp_path: Path) -> None:
+    """optimizer_state="reset" drops the moments of what grew; lr_schedule="restart" restarts the schedule."""
+    rates: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            if trainer.current_epoch == 1:
+                state = trainer.optimizers[0].state
+                assert module.net[5].weight not in state or not state[module.net[5].weight]
+
+    callback = _callback(optimizer_state="reset", lr_schedule="restart", strategy=TopK(fraction=0.9))
+    module = _fit(tmp_path, callback, Watch(), max_epochs=3)
+    assert rates == [0.01, 0.01, 0.01]
+    assert sum(_widths(module)) > 11
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("average", [None, "before", "after"])
+def test_resume_equals_the_uninterrupted_run(tmp_path: Path, average: str | None) -> None:
+    """From every checkpoint, into a fresh seed-sized module: the same growths and bit-identical parameters."""
+
+    def run(folder: Path, resume: str | None = None) -> tuple[Classifier, SplittingCallback]:
+        pl.seed_everything(0 if resume is None else 99, verbose=False)
+        module, splitting = Classifier(), _callback(trigger=Plateau("train_loss", patience=1, min_delta=0.5))
+        ema = [EMAWeightAveraging(decay=0.9, update_every_n_steps=1)] if average else []
+        save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+        order = [*ema, splitting] if average == "before" else [splitting, *ema]
+        t = trainer(folder, *order, save, max_epochs=5, enable_checkpointing=True)
+        t.fit(module, loader(), ckpt_path=resume)
+        return module, splitting
+
+    whole, splitting = run(tmp_path)
+    assert [e["epoch"] for e in splitting.history] == [2, 4]
+    for epoch in range(4):
+        module, again = run(tmp_path / f"from{epoch}", str(tmp_path / f"epoch={epoch}.ckpt"))
+        assert_same(again.history, splitting.history)
+        assert_same(again.lineage.to_dict(), splitting.lineage.to_dict())
+        assert_same(dict(module.state_dict()), dict(whole.state_dict()), f"from epoch {epoch}")
+
+
+def test_checkpoints_load_without_the_callback(tmp_path: Path) -> None:
+    """load_grown, weights_only loading, and testing an earlier, smaller checkpoint."""
+    save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
+    callback = _callback()
+    pl.seed_everything(0, verbose=False)
+    module = Validated()
+    t = trainer(tmp_path, callback, save, enable_checkpointing=True)
+    t.fit(module, loader(), loader())
+    last = str(tmp_path / "epoch=3.ckpt")
+    torch.load(last, weights_only=True)
+    grown = load_grown(Validated, last)
+    assert _widths(grown) == _widths(module)
+    x = images().tensors[0]
+    with torch.no_grad():
+        torch.testing.assert_close(grown.eval().net(x), module.eval().net(x), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Validated.load_from_checkpoint(last)
+    t.validate(module, loader(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
+    assert _widths(module) == (3, 8)
+
+
+def test_growth_stops_at_its_limits(tmp_path: Path) -> None:
+    """max_growths, max_params and max_macs hold for the whole run."""
+    callback = _callback(max_growths=2)
+    _fit(tmp_path, callback)
+    assert len(callback.history) == 2
+    size = sum(p.numel() for p in Classifier().parameters())
+    callback = _callback(max_params=size + 60, strategy=TopK(fraction=0.9))
+    module = _fit(tmp_path, callback, max_epochs=5)
+    assert size < sum(p.numel() for p in module.parameters()) <= size + 60
+    assert all(e["params"] <= size + 60 for e in callback.history)
+
+
+@pytest.mark.parametrize("strategy", [TopK(fraction=0.5), Threshold(-1e-6, max_count=3), KnapsackEnergy(0.2)])
+def test_strategies_plug_in(tmp_path: Path, strategy: Any) -> None:
+    """Every built-in strategy grows a real run; the knapsack spends at most its share of the MACs."""
+    callback = _callback(strategy=strategy, max_growths=1)
+    _fit(tmp_path, callback, max_epochs=2)
+    (report,) = callback.reports
+    assert report.splits
+    if isinstance(strategy, KnapsackEnergy):
+        assert sum(c.cost for c in report.chosen) <= 0.2 * report.cost_before.macs
+
+
+def test_iterable_data_sets_use_the_last_batches(tmp_path: Path) -> None:
+    """Where samplers cannot be replayed, growth waits until enough batches went by."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            data = images()
+            return (data[i] for i in range(len(data)))
+
+    callback = _callback(num_batches=3, confirm_batches=2)
+    module = Classifier()
+    trainer(tmp_path, callback, max_epochs=3).fit(module, DataLoader(Stream(), 16))
+    assert [e["step"] for e in callback.history][0] == 4
+    assert sum(_widths(module)) > 11
+
+
+def test_the_module_can_be_a_whole_zoo_of_precisions(tmp_path: Path) -> None:
+    """bf16-mixed, bf16-true and 64-true runs grow and keep their dtype."""
+    for precision, dtype in (
+        ("bf16-mixed", torch.float32),
+        ("bf16-true", torch.bfloat16),
+        ("64-true", torch.float64),
+    ):
+        callback = _callback()
+        module = _fit(tmp_path, callback, max_epochs=2, precision=precision)
+        assert len(callback.history) == 1, precision
+        assert callback.history[0]["num_splits"] == 2
+        assert {p.dtype for p in module.parameters()} == {dtype}
+
+
+def test_manual_optimization_grows_with_a_loss_function(tmp_path: Path) -> None:
+    """With loss_fn the callback also grows modules that step their optimizers themselves."""
+
+    class Manual(Classifier):
+        def __init__(self) -> None:
+            super().__init__(optimizer="sgd")
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match="manual optimization.*loss_fn="):
+        trainer(tmp_path, _callback()).fit(Manual(), loader())
+    callback = _callback(loss_fn=lambda m, b: nn.functional.cross_entropy(m.net(b[0]), b[1]))
+    module = Manual()
+    trainer(tmp_path, callback).fit(module, loader())
+    assert len(callback.history) == 3
+
+
+def test_a_hard_coded_width_is_left_alone_from_then_on(tmp_path: Path) -> None:
+    """A group that breaks the forward pass is reported and skipped; the others grow."""
+
+    class LeNet(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            h = self.net[:4](batch[0]).view(-1, 27)
+            loss = nn.functional.cross_entropy(self.net[5:](h), batch[1])
+            self.log("train_loss", loss)
+            return loss
+
+    callback, module = _callback(), LeNet()
+    trainer(tmp_path, callback).fit(module, loader())
+    assert _widths(module) == (3, 14)
+    reasons = {u.name: u.reason for u in callback.reports[0].architecture.unsplittable}
+    assert "after growth" in reasons["net.0"]
+
+
+def _monitor(monitor: str) -> dict[str, Any]:
+    return {"trigger": None, "monitor": monitor}
+
+
+class NanLoss(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (float("nan") if self.current_epoch else 1.0)
+
+
+class Unrelated(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return next(self.net.parameters()).sum() * 0
+
+
+class Normed(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (Classifier, _monitor("val_los"), "monitors 'val_los', which was not logged.*'train_loss'"),
+        (Classifier, {"include": ["nothing*"]}, r"include=\['nothing\*'\].*groups are: 'net.0', 'net.5'"),
+        (NanLoss, {}, "loss of batch 0 is nan; splitting needs a finite loss"),
+        (Unrelated, {}, "No neuron of this network can be split"),
+        (Normed, {}, "No neuron of this network can be split.*layer normalisation"),
+    ],
+)
+def test_misuse_gets_one_sentence(
+    tmp_path: Path, module: type[Classifier], options: dict[str, Any], message: str
+) -> None:
+    """Unknown monitor, empty selection, non-finite or unrelated loss, nothing to split."""
+    net = module()
+    widths = [p.shape for p in net.parameters()]
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        trainer(tmp_path, _callback(**options)).fit(net, loader())
+    assert [p.shape for p in net.parameters()] == widths
+
+
+def test_a_callback_belongs_to_one_module_and_a_trainer_to_one_callback(tmp_path: Path) -> None:
+    """Using a callback twice, or two of them at once, is refused before anything happens."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SplittingCallback`"):
+        trainer(tmp_path, _callback(), _callback())  # Lightning's own refusal
+    callback = _callback()
+    _fit(tmp_path, callback, max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="already belongs to another module"):
+        trainer(tmp_path, callback).fit(Classifier(), loader())
+    with pytest.raises(MisconfigurationException, match="ModelPruning"):
+        trainer(tmp_path, _callback(), ModelPruning("l1_unstructured")).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer_state": "keep"}, "optimizer_state must be one of 'transfer', 'reset', got 'keep'"),
+        ({"lr_schedule": "x"}, "lr_schedule must be one of"),
+        ({"num_batches": 0}, "num_batches must be at least 1, got 0"),
+        ({"step_size": -0.1}, "step_size must be at least 0"),
+        ({"step_size": float("nan")}, "step_size must be at least 0"),
+        ({"include": "conv"}, r"write include=\['conv'\]"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    """Constructor arguments are checked at once."""
+    with pytest.raises(ValueError, match=message):
+        SplittingCallback(**options)
+
+
+def test_a_second_fit_goes_on_growing(tmp_path: Path) -> None:
+    """The same Trainer, module and callback may fit again."""
+    callback, module = _callback(), Classifier()
+    t = trainer(tmp_path, callback, max_epochs=2)
+    t.fit(module, loader())
+    t.fit_loop.max_epochs = 4
+    t.fit(module, loader())
+    assert [e["epoch"] for e in callback.history] == [1, 2, 3]
