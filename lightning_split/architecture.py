@@ -125,16 +125,13 @@ class Architecture:
         return "\n".join(lines)
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
-) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Lines of a plain-text table; columns listed in ``right`` are set flush right."""
     cells = [tuple(head), *map(tuple, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
         " | ".join(
-            c.rjust(w) if i in right else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in cells
     ]

@@ -177,8 +177,8 @@ class SplittingCallback(pl.Callback):
         known = self._module() if self._module is not None else None
         if self._module is not None and known is not pl_module and (self.history or known is not None):
             raise MisconfigurationException(
-                "This SplittingCallback already belongs to another module, whose growths it remembers; create "
-                "a new SplittingCallback for each module."
+                "This SplittingCallback already belongs to another module, whose growths it remembers; "
+                "create a new SplittingCallback for each module."
             )
         if any(isinstance(c, ModelPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
@@ -250,9 +250,7 @@ class SplittingCallback(pl.Callback):
 
     # how ----------------------------------------------------------------------------------------------
 
-    def _first_look(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any
-    ) -> None:
+    def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
         with quiet(trainer, pl_module):
             arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
@@ -265,9 +263,7 @@ class SplittingCallback(pl.Callback):
             self.lineage = Lineage.start(chosen.widths)
         self._buffering = self._replayed(trainer, 1) is None
 
-    def _loss(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> Callable[[nn.Module, Any], Tensor]:
+    def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
         return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
 
     def _replayed(self, trainer: pl.Trainer, count: int) -> list[Any] | None:
@@ -284,9 +280,7 @@ class SplittingCallback(pl.Callback):
         buffered: list[Any] = self._buffer.batches()
         return buffered if len(buffered) >= count else None
 
-    def _grow(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[Any]
-    ) -> GrowthReport:
+    def _grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[Any]) -> GrowthReport:
         fresh = batches[self.num_batches :] if self.confirm_batches else None
         if fresh is not None and not fresh:  # fewer batches in an epoch than asked for
             half = (len(batches) + 1) // 2
@@ -319,9 +313,7 @@ class SplittingCallback(pl.Callback):
                 torch._dynamo.reset()  # each growth is one recompilation; without this, eight are the limit
         return report
 
-    def _record(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport
-    ) -> None:
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport) -> None:
         number = len(self.history) + 1
         self.barred.update(report.barred)
         offspring: dict[str, dict[int, int]] = {}
@@ -400,5 +392,3 @@ class SplittingCallback(pl.Callback):
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-

@@ -56,9 +56,7 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
     return [path for path, *_ in plans]
 
 
-def _sizes(
-    layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]
-) -> dict[Port, int] | None:
+def _sizes(layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]) -> dict[Port, int] | None:
     """The new size of every port, or ``None`` if the tensors do not agree on one."""
     sizes: dict[Port, int] = {}
     for name, (tensor, axes) in layer_tensors(layer).items():
@@ -93,9 +91,7 @@ def _resize(layer: nn.Module, name: str, shape: torch.Size, resized: dict[int, T
     store[name] = resized[id(old)]
 
 
-def refit_before_loading(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
-) -> None:
+def refit_before_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """The load pre-hook of :func:`enable_growth`; module-level, so that it pickles with the module."""
     fit_to_state_dict(module, state_dict, prefix)
 

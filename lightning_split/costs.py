@@ -23,9 +23,7 @@ class NetworkCost(NamedTuple):
     macs: float  # multiply-accumulates per sample in the traced layers
 
 
-def network_cost(
-    model: nn.Module, arch: Architecture, surgery: Surgery | None = None
-) -> NetworkCost:
+def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None = None) -> NetworkCost:
     """Parameters and MACs of a network, now or as it will be after a prepared surgery.
 
     MACs are those of the layers that have a rule, at the spatial sizes of the traced batch, per sample;

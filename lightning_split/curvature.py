@@ -131,7 +131,7 @@ class SplittingOperator:
                 )
             if tuple(v.shape) != self.shapes[name]:
                 raise ValueError(
-                    f"The vectors of group '{name}' have shape {tuple(v.shape)}, expected {self.shapes[name]}."
+                    f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
                 )
         for number in range(self.num_batches):
             graph = self._graphs.get(number)
@@ -168,8 +168,8 @@ class SplittingOperator:
             if len(reads) != len(cotangents):
                 raise ValueError(
                     "Two passes over the same batch called the layers differently often "
-                    f"({len(cotangents)} and {len(reads)} times), so the forward pass depends on more than its "
-                    "input; pass a loss_fn that is deterministic for a seeded random state."
+                    f"({len(cotangents)} and {len(reads)} times), so the forward pass depends on more "
+                    "than its input; pass a loss_fn that is deterministic for a seeded random state."
                 )
             pairs = [(x, c) for x, c in zip(reads, cotangents, strict=True) if c is not None]
             pairs = [(x, c) for x, c in pairs if x.requires_grad]
@@ -181,9 +181,7 @@ class SplittingOperator:
                     torch.autograd.grad(phi, list(theta.values()), create_graph=True, allow_unused=True)
                 )
         # A gradient without history is constant in θ: those weights have no second derivative.
-        alive = {
-            key: g for key, g in zip(theta, first, strict=True) if g is not None and g.requires_grad
-        }
+        alive = {key: g for key, g in zip(theta, first, strict=True) if g is not None and g.requires_grad}
         return _Graph(alive, theta)
 
     def _cotangents(self, batch: Any, number: int) -> list[Tensor | None]:
@@ -257,13 +255,14 @@ class SplittingOperator:
                 retain_graph=True,
                 allow_unused=True,
             )
-            result = {k: p for k, p in zip(directions, products, strict=True) if p is not None}
+            found: list[Tensor | None] = list(products)
+            result = {k: p for k, p in zip(directions, found, strict=True) if p is not None}
         gathered: Vectors = {}
         for name, v in vectors.items():
             parts = [
                 v.new_zeros(len(v), block.size)
-                if (found := result.get((block.module, block.tensor))) is None
-                else _gather(found, block).to(v)
+                if (product := result.get((block.module, block.tensor))) is None
+                else _gather(product, block).to(v)
                 for block in self._groups[name].theta
             ]
             gathered[name] = torch.cat(parts, dim=1)
@@ -299,8 +298,8 @@ def check_loss(loss: Any, number: int) -> None:
         raise ValueError(f"loss_fn must return one scalar tensor, the mean loss; it returned {shape}.")
     if not bool(torch.isfinite(loss).all()):
         raise ValueError(
-            f"The loss of batch {number} is {float(loss.detach())}; splitting needs a finite loss, so nothing "
-            "was changed."
+            f"The loss of batch {number} is {float(loss.detach())}; splitting needs a finite loss, so "
+            "nothing was changed."
         )
     if not loss.requires_grad:
         raise ValueError(

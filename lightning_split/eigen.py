@@ -132,9 +132,7 @@ class Lanczos(EigenSolver):
         """Extreme Ritz pairs; ``dense`` is not used. See :meth:`EigenSolver.solve`."""
         _check_problem("Lanczos", shapes, dtype)
         spaces = {
-            name: _KrylovSpace(
-                name, shape, self.num_products, dtype=dtype, device=device, seed=seed
-            )
+            name: _KrylovSpace(name, shape, self.num_products, dtype=dtype, device=device, seed=seed)
             for name, shape in shapes.items()
         }
         for _ in range(max((space.num_steps for space in spaces.values()), default=0)):
@@ -194,9 +192,7 @@ class _KrylovSpace:
         exhausted = beta <= 10.0 * eps * math.sqrt(self.shape[1]) * self.scale
         following = product / _nonzero(beta).unsqueeze(-1)
         if bool(exhausted.any()):
-            fresh = _random(
-                self.shape, self.seed, self.name, step + 1, dtype=beta.dtype, device=beta.device
-            )
+            fresh = _random(self.shape, self.seed, self.name, step + 1, dtype=beta.dtype, device=beta.device)
             for _ in range(3):  # may start almost inside the basis, so once more
                 fresh = _unit(self._orthogonalise(fresh))
             following = torch.where(exhausted.unsqueeze(-1), fresh, following)
@@ -390,9 +386,7 @@ class Exact(EigenSolver):
         return answers
 
 
-def _densify(
-    matvec: Matvec, shapes: Shapes, dtype: torch.dtype, device: Device
-) -> dict[str, Tensor]:
+def _densify(matvec: Matvec, shapes: Shapes, dtype: torch.dtype, device: Device) -> dict[str, Tensor]:
     """All splitting matrices, column by column."""
     matrices = {
         name: torch.zeros(num_neurons, dim, dim, dtype=dtype, device=device)
@@ -470,9 +464,7 @@ def _product(matvec: Matvec, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_product(name: str, product: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(product.shape) != shape:
-        raise ValueError(
-            f"The product of group '{name}' has shape {tuple(product.shape)}, expected {shape}."
-        )
+        raise ValueError(f"The product of group '{name}' has shape {tuple(product.shape)}, expected {shape}.")
     finite = product.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         raise ValueError(
@@ -485,8 +477,7 @@ def _check_product(name: str, product: Tensor, shape: tuple[int, ...]) -> None:
 def _check_problem(solver: str, shapes: Shapes, dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{solver} needs dtype torch.float32 or torch.float64, got {dtype}; "
-            "convert inside matvec."
+            f"{solver} needs dtype torch.float32 or torch.float64, got {dtype}; convert inside matvec."
         )
     for name, (num_neurons, dim) in shapes.items():
         if num_neurons < 1 or dim < 1:

@@ -240,8 +240,8 @@ def select_groups(
 
     if not arch.groups and not arch.unsplittable:
         raise ValueError(
-            "No neuron of this network can be split: no layer that has a LayerRule was called. Either the loss "
-            "does not depend on the network, or its layers need a rule (register_layer_rule)."
+            "No neuron of this network can be split: no layer that has a LayerRule was called. Either the "
+            "loss does not depend on the network, or its layers need a rule (register_layer_rule)."
         )
     if not arch.groups:
         reasons = "; ".join(f"'{u.name}': {u.reason}" for u in arch.unsplittable[:5])
@@ -255,8 +255,8 @@ def select_groups(
         known = ", ".join(repr(g.name) for g in arch.groups)
         raise ValueError(
             f"include={list(include) if include is not None else None} and "
-            f"exclude={list(exclude) if exclude is not None else None} leave no channel group; the groups are: "
-            f"{known}."
+            f"exclude={list(exclude) if exclude is not None else None} leave no channel group; the groups "
+            f"are: {known}."
         )
     return replace(arch, groups=tuple(kept))
 
@@ -267,7 +267,9 @@ def _check_arguments(batches: list[Any], fresh: list[Any] | None, step_size: flo
     if fresh is not None and not fresh:
         raise ValueError("confirm_batches is empty; pass None to do without a confirmation.")
     if not 0 <= step_size < float("inf"):
-        raise ValueError(f"step_size is the length of a displacement: it must be at least 0, got {step_size}.")
+        raise ValueError(
+            f"step_size is the length of a displacement: it must be at least 0, got {step_size}."
+        )
 
 
 def _mean_loss(
@@ -287,9 +289,7 @@ def _choose(
 ) -> list[Candidate]:
     """Let the strategy choose among candidates that know their cost."""
     per_neuron = {g.name: neuron_cost(g, strategy.cost) for g in arch.groups}
-    priced = [
-        replace(c, cost=per_neuron[c.group] * max(1, len(c.weights) - 1)) for c in proposal.candidates
-    ]
+    priced = [replace(c, cost=per_neuron[c.group] * max(1, len(c.weights) - 1)) for c in proposal.candidates]
     chosen = list(strategy.bind(float(getattr(cost, strategy.cost))).select(priced))
     unknown = [c for c in chosen if c.displacements is None or not c.weights]
     if unknown:
@@ -358,7 +358,7 @@ def _first_break(
         surgery.apply()
         try:
             after = readings(model, arch, lambda m: loss_fn(m, batch))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             # The user's forward pass fails at the new width: its own words are the reason.
             first = str(error).strip().splitlines() or [type(error).__name__]
             return f"after growth the forward pass fails: {first[0]}"

@@ -8,6 +8,7 @@ they bring together; reductions keep a label that is constant over what they red
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ class LabelMode(TorchDispatchMode):
     """
 
     def __init__(self, table: NeuronTable, where: Callable[[], str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
         self.suspended = 0  # > 0 while a layer with a rule runs: its inside is the rule's business
         self.leaked: dict[int, str] = {}  # id of a parameter -> the contraction that used it by itself
@@ -129,9 +130,7 @@ class LabelMode(TorchDispatchMode):
     def varying(self, labels: Tensor) -> list[bool]:
         """For each dimension, whether different neurons lie along it."""
         core = self.table.runs(_core(labels))
-        return [
-            core.shape[d] > 1 and bool((core != core.narrow(d, 0, 1)).any()) for d in range(core.ndim)
-        ]
+        return [core.shape[d] > 1 and bool((core != core.narrow(d, 0, 1)).any()) for d in range(core.ndim)]
 
     def ids(self, labels: Tensor) -> list[int]:
         """The distinct ids in a label tensor."""
@@ -241,9 +240,7 @@ class LabelMode(TorchDispatchMode):
                 self.leaked.setdefault(owner, f"is used by {name}{self._where()}")
 
 
-Handler = Callable[
-    [LabelMode, Any, str, Sequence[Any], dict[str, Any], list[Tensor], Any], None
-]
+Handler = Callable[[LabelMode, Any, str, Sequence[Any], dict[str, Any], list[Tensor], Any], None]
 
 
 def _core(labels: Tensor) -> Tensor:
@@ -292,7 +289,7 @@ def _barrier(
 def _pointwise(
     mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
 ) -> None:
-    outputs = [t for t in _tensors(out)]
+    outputs = list(_tensors(out))
     if not outputs:
         return
     shape = outputs[0].shape
@@ -452,11 +449,8 @@ def _cat(
         mode.bar(inputs, f"{name} joins neurons with values along another axis")
         mode.set(out, None)
         return
-    joined = [
-        torch.full(tuple(s), FIXED) if p is None else p
-        for p, s in zip(parts, shapes, strict=True)
-    ]
-    for a, b in zip(joined, joined[1:], strict=False):
+    joined = [torch.full(tuple(s), FIXED) if p is None else p for p, s in zip(parts, shapes, strict=True)]
+    for a, b in itertools.pairwise(joined):
         ends = mode.table.runs(_core(a.select(dim, -1))), mode.table.runs(_core(b.select(dim, 0)))
         if bool(((ends[0] == ends[1]) & (ends[0] >= 0)).any()):
             mode.bar(inputs, f"{name} puts a neuron next to itself")
@@ -518,9 +512,9 @@ def _matmul(
     a, b = mode.get(args[0]), mode.get(args[1])
     if (a is None) == (b is None):
         _barrier(mode, func, name, args, kwargs, inputs, out)
-    elif a is not None and not mode.varying(a)[-1] and not args[0].shape[-1] == 1:
+    elif a is not None and not mode.varying(a)[-1] and args[0].shape[-1] != 1:
         mode.set(out, a.narrow(-1, 0, 1).expand(out.shape))
-    elif b is not None and not mode.varying(b)[-2] and not args[1].shape[-2] == 1:
+    elif b is not None and not mode.varying(b)[-2] and args[1].shape[-2] != 1:
         mode.set(out, b.narrow(-2, 0, 1).expand(out.shape))
     else:
         _barrier(mode, func, name, args, kwargs, inputs, out)
@@ -566,7 +560,9 @@ _register(_repeat, "repeat")
 _register(_pad, "constant_pad_nd")
 _register(_cat, "cat", "stack")
 _register(_pointwise, "hardswish", "hardswish_", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise")
-_register(_pointwise, "hardsigmoid", "hardsigmoid_", "where", "clamp", "clamp_", "masked_fill", "masked_fill_")
+_register(
+    _pointwise, "hardsigmoid", "hardsigmoid_", "where", "clamp", "clamp_", "masked_fill", "masked_fill_"
+)
 _register(_reduce(1), "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod", "any", "all")
 _register(_reduce(1), "var_mean", "std_mean", "max", "min", "argmax", "argmin", "median", "cumsum")
 _register(_reduce(1), "_softmax", "_log_softmax", "cumprod")
@@ -579,7 +575,9 @@ for _n in (1, 2, 3):
     _register(_spatial(_n), f"reflection_pad{_n}d", f"replication_pad{_n}d")
     _register(_spatial(_n), f"_upsample_nearest_exact{_n}d", f"fractional_max_pool{_n}d")
 _register(_spatial(1), "upsample_linear1d")
-_register(_spatial(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "grid_sampler_2d")
+_register(
+    _spatial(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "grid_sampler_2d"
+)
 _register(_spatial(3), "upsample_trilinear3d", "grid_sampler_3d")
 
 _MOVES = {

@@ -106,7 +106,8 @@ def register_layer_rule(
     Raises:
         TypeError: If ``layer_type`` is not a subclass of ``nn.Module`` or ``rule`` is not a rule.
     """
-    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+    given: object = layer_type
+    if not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise TypeError(
             f"register_layer_rule needs a subclass of nn.Module, got {layer_type!r}; "
             "pass the class of the layer, not an instance."
@@ -169,8 +170,7 @@ def _tensor(layer: nn.Module, name: str) -> Tensor | None:
 def is_uninitialized(layer: nn.Module) -> bool:
     """Whether the layer is lazy and has not yet seen a batch."""
     return isinstance(layer, LazyModuleMixin) and any(
-        t is not None and is_lazy(t)
-        for t in (*layer._parameters.values(), *layer._buffers.values())
+        t is not None and is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())
     )
 
 
@@ -328,9 +328,7 @@ def _convolution(layer: nn.Module) -> LayerRule:
         if transposed and layer.out_channels != layer.in_channels:
             return _Refused("it is a transposed depthwise convolution with a channel multiplier")
         return _DepthwiseConv()
-    return _Refused(
-        f"it is a convolution with {layer.groups} groups, whose groups would have to stay equal"
-    )
+    return _Refused(f"it is a convolution with {layer.groups} groups, whose groups would have to stay equal")
 
 
 def _register_builtin_rules() -> None:

@@ -11,9 +11,9 @@ __all__ = ["Lineage"]
 class Lineage:
     """The family tree of all neurons of a run, group by group.
 
-    Every neuron has an id that is unique in its group: seed neurons are 0, 1, 2 …, offspring get the next
-    free ids. The order of the current neurons is that of the network: offspring stand next to each other
-    where their parent stood.
+    Every neuron has an id that is unique in its group: seed neurons are 0, 1, 2 …, offspring (the
+    first one too) get the next free ids. The order of the current neurons is that of the network:
+    offspring stand next to each other where their parent stood.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,15 @@ class Lineage:
         Raises:
             ValueError: If a neuron is out of range or gets fewer than two offspring.
         """
-        if group not in self._current:
-            self._add_group(group, width)
-        old = self._current[group]
+        old = self._current.get(group, list(range(width)))
         for neuron, count in offspring.items():
             if not 0 <= neuron < len(old) or count < 2:
                 raise ValueError(
-                    f"Group '{group}' has {len(old)} neurons; neuron {neuron} cannot become {count} offspring."
+                    f"Group '{group}' has {len(old)} neurons; neuron {neuron} cannot become "
+                    f"{count} offspring."
                 )
+        if group not in self._current:
+            self._add_group(group, width)
         new: list[int] = []
         for neuron, identity in enumerate(old):
             count = offspring.get(neuron, 0)
@@ -57,7 +58,7 @@ class Lineage:
             for _ in range(count):
                 new.append(len(self._parent[group]))
                 self._parent[group].append(identity)
-                self._born[group].append(growth)
+                self._born[group].append(int(growth))
         self._current[group] = new
 
     @property
@@ -67,14 +68,14 @@ class Lineage:
 
     def ancestor(self, group: str, neuron: int) -> int:
         """The seed neuron that a neuron descends from."""
-        identity = self._current[group][neuron]
+        identity = self._identity(group, neuron)
         while self._parent[group][identity] >= 0:
             identity = self._parent[group][identity]
         return identity
 
     def generation(self, group: str, neuron: int) -> int:
         """How many splits lie between a neuron and its seed neuron."""
-        identity, count = self._current[group][neuron], 0
+        identity, count = self._identity(group, neuron), 0
         while self._parent[group][identity] >= 0:
             identity, count = self._parent[group][identity], count + 1
         return count
@@ -99,6 +100,12 @@ class Lineage:
             lineage._parent[group] = [int(i) for i in lists["parent"]]
             lineage._born[group] = [int(i) for i in lists["born"]]
         return lineage
+
+    def _identity(self, group: str, neuron: int) -> int:
+        width = len(self._current.get(group, ()))
+        if not 0 <= neuron < width:
+            raise ValueError(f"There is no neuron {neuron} in group '{group}', which has {width} neurons.")
+        return self._current[group][neuron]
 
     def _add_group(self, group: str, width: int) -> None:
         self._current[group] = list(range(width))

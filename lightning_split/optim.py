@@ -1,4 +1,4 @@
-"""Optimizers after a growth: state follows its neurons. Only this file touches ``trainer.strategy``."""
+"""Optimizers after a growth: state follows its neurons. The only file to touch trainer.strategy."""
 
 from __future__ import annotations
 
@@ -90,9 +90,7 @@ def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer
             continue
         try:
             if not type(optimizer).__module__.startswith("torch.optim"):
-                raise _UnknownEntryError(
-                    f"{type(optimizer).__name__} is not a class of torch.optim"
-                )
+                raise _UnknownEntryError(f"{type(optimizer).__name__} is not a class of torch.optim")
             carried[replacement.new] = _carried(state, old, replacement)
         except _UnknownEntryError as error:
             lost.append(str(error))
@@ -111,22 +109,18 @@ def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer
     if lost:
         warnings.warn(
             f"The {type(optimizer).__name__} state of {len(lost)} grown parameters starts anew, "
-            f"because {lost[0]}; pass optimizer_state='reset' to ask for that without this warning.",
+            f"because {lost[0]}; optimizer_state='reset' does that without this warning.",
             stacklevel=2,
         )
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:
     # Its class imitates the wrapped one, but only the inner object has the live state.
-    inner: Optimizer = (
-        optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-    )
+    inner: Optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     return inner
 
 
-def _carried(
-    state: Mapping[str, Any], old: nn.Parameter, replacement: Replacement
-) -> dict[str, Any]:
+def _carried(state: Mapping[str, Any], old: nn.Parameter, replacement: Replacement) -> dict[str, Any]:
     """The state of one parameter at its new size."""
     new, maps = replacement
     carried: dict[str, Any] = {}
@@ -138,9 +132,7 @@ def _carried(
         elif name == _PARAMETER_AVERAGE:
             carried[name] = new.detach().clone().to(value.dtype)
         elif name not in _SCALING or value.shape != _expected_shape(name, old):
-            raise _UnknownEntryError(
-                f"its entry '{name}' of shape {tuple(value.shape)} has no known meaning"
-            )
+            raise _UnknownEntryError(f"its entry '{name}' of shape {tuple(value.shape)} has no known meaning")
         else:
             carried[name] = _along_axes(name, value, maps)
     if _FACTORED.keys() <= carried.keys():
@@ -224,9 +216,7 @@ def _restart(trainer: pl.Trainer, before: list[Optimizer], optimizer_state: Mode
             new.state.update({p: state for p, state in old.state.items() if id(p) in mine})
 
 
-def check_trained(
-    optimizers: Iterable[Any], replaced: Replaced, expected: Mapping[int, int]
-) -> None:
+def check_trained(optimizers: Iterable[Any], replaced: Replaced, expected: Mapping[int, int]) -> None:
     """Make sure that new parameters are in the optimizers as often as the old ones were.
 
     Args:
@@ -344,9 +334,7 @@ class TrainerRanks(Ranks):
             flat = torch.cat([tensors[name].flatten() for name in names]).to(strategy.root_device)
             flat = strategy.reduce(flat, reduce_op="mean").to(device)
             parts = flat.split([tensors[name].numel() for name in names])
-            mean |= {
-                name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)
-            }
+            mean |= {name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)}
         return {name: mean[name] for name in tensors}
 
     def gather_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -356,10 +344,8 @@ class TrainerRanks(Ranks):
         strategy = self._trainer.strategy
         gathered = {}
         for name, t in tensors.items():
-            # A sum in which every rank fills its own row is exact, and spares a deprecated all_gather.
-            rows = torch.zeros(
-                self._trainer.world_size, *t.shape, dtype=t.dtype, device=strategy.root_device
-            )
+            # A sum in which each rank fills its own row is exact; all_gather is deprecated.
+            rows = torch.zeros(self._trainer.world_size, *t.shape, dtype=t.dtype, device=strategy.root_device)
             rows[self._trainer.global_rank] = t
             gathered[name] = strategy.reduce(rows, reduce_op="sum").flatten(0, 1).to(t.device)
         return gathered

@@ -31,9 +31,7 @@ def scalars(report: GrowthReport) -> dict[str, float]:
 
 
 @rank_zero_only
-def log_growth(
-    trainer: pl.Trainer, report: GrowthReport, history: Sequence[Mapping[str, Any]]
-) -> None:
+def log_growth(trainer: pl.Trainer, report: GrowthReport, history: Sequence[Mapping[str, Any]]) -> None:
     """Write one growth to every logger of the Trainer.
 
     Args:
@@ -46,7 +44,7 @@ def log_growth(
     values = scalars(report)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=step)
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             for name, pairs in report.eigenpairs.items():
                 smallest, largest = pairs.values.detach().float().cpu().unbind(1)
@@ -87,7 +85,7 @@ def widths_figure(history: Sequence[Mapping[str, Any]], now: int | None = None) 
             previous = event["widths_after"].get(name, previous)
             widths.append(previous)
         xs, ys = [0, *steps, end], [*widths, widths[-1]]
-        style = {"color": f"C{number % 10}", "linestyle": lines[number // 10 % len(lines)]}
+        style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": lines[number // 10 % len(lines)]}
         axes.step(xs, ys, where="post", label=f"{name} ({widths[-1]})", linewidth=1.8, **style)
     for step in steps:
         axes.axvline(step, color="0.85", linewidth=1, zorder=0)

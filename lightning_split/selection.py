@@ -234,9 +234,7 @@ class KnapsackEnergy(SelectionStrategy):
     def __post_init__(self) -> None:
         """Check the arguments."""
         if not 0.0 <= self.budget < math.inf:
-            raise ValueError(
-                f"KnapsackEnergy needs a finite budget of at least 0, got {self.budget!r}."
-            )
+            raise ValueError(f"KnapsackEnergy needs a finite budget of at least 0, got {self.budget!r}.")
         for option, known in (("cost", COSTS), ("solver", SOLVERS)):
             if getattr(self, option) not in known:
                 raise ValueError(
@@ -246,8 +244,7 @@ class KnapsackEnergy(SelectionStrategy):
         _check_count("KnapsackEnergy", "per_group_max", self.per_group_max, 1)
         if self.network_cost is not None and not 0.0 <= self.network_cost < math.inf:
             raise ValueError(
-                f"KnapsackEnergy needs a finite network_cost of at least 0, "
-                f"got {self.network_cost!r}."
+                f"KnapsackEnergy needs a finite network_cost of at least 0, got {self.network_cost!r}."
             )
 
     def bind(self, network_cost: float) -> KnapsackEnergy:
@@ -278,9 +275,7 @@ class KnapsackEnergy(SelectionStrategy):
 class _Knapsack:
     """Affordable items of positive gain, in canonical order, and what limits their choice."""
 
-    def __init__(
-        self, items: Sequence[Candidate], budget: float, per_group_max: int | None
-    ) -> None:
+    def __init__(self, items: Sequence[Candidate], budget: float, per_group_max: int | None) -> None:
         self.items, self.budget = items, budget
         self.cap = len(items) if per_group_max is None else per_group_max
         # Tolerances of HiGHS are absolute, 1e-6: in these units they are 1e-9 of the largest gain
@@ -338,9 +333,7 @@ class _Knapsack:
 
     def _relaxed(self) -> tuple[list[Candidate], float]:
         """The rounded relaxation, and the bound on the total gain that the relaxation gives."""
-        result = linprog(
-            self.objective, A_ub=self._matrix(), b_ub=self.limits, bounds=(0, 1), method="highs"
-        )
+        result = linprog(self.objective, A_ub=self._matrix(), b_ub=self.limits, bounds=(0, 1), method="highs")
         if result.x is None:
             return self.greedy(), math.inf
         chosen = [i for i in self._by_density() if result.x[i] >= 1.0 - 1e-9]
@@ -420,9 +413,7 @@ def _order(c: Candidate) -> tuple[str, int, str, float, float, tuple[float, ...]
     return c.group, c.neuron, c.scheme, c.cost, -c.gain, c.weights
 
 
-def _lowest(
-    candidates: Iterable[Candidate], value: Callable[[Candidate], float]
-) -> list[Candidate]:
+def _lowest(candidates: Iterable[Candidate], value: Callable[[Candidate], float]) -> list[Candidate]:
     """The candidate of lowest value of every neuron, in canonical order."""
     best: dict[tuple[str, int], Candidate] = {}
     candidates = list(candidates)
@@ -432,9 +423,7 @@ def _lowest(
     return sorted(best.values(), key=_order)
 
 
-def _first(
-    ranked: Iterable[Candidate], limit: int | None, per_group_max: int | None
-) -> list[Candidate]:
+def _first(ranked: Iterable[Candidate], limit: int | None, per_group_max: int | None) -> list[Candidate]:
     """The first candidates within the limits, in canonical order."""
     taken: list[Candidate] = []
     groups: Counter[str] = Counter()
@@ -459,6 +448,4 @@ def _check_finite(candidates: Iterable[Candidate]) -> None:
 
 def _check_count(strategy: str, option: str, count: object, least: int) -> None:
     if count is not None and (not isinstance(count, int) or count < least):
-        raise ValueError(
-            f"{strategy} needs {option} to be an integer of at least {least}, got {count!r}."
-        )
+        raise ValueError(f"{strategy} needs {option} to be an integer of at least {least}, got {count!r}.")

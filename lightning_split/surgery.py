@@ -104,9 +104,7 @@ class Surgery:
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
         _check_splits(arch, splits)
         self._splits = tuple(splits)
-        self._number = {
-            arch.group(s.group).neurons[s.neuron]: n for n, s in enumerate(self._splits)
-        }
+        self._number = {arch.group(s.group).neurons[s.neuron]: n for n, s in enumerate(self._splits)}
         with torch.no_grad():
             self._prepare()
 
@@ -152,9 +150,7 @@ class Surgery:
 
     def _prepare(self) -> None:
         growth = {
-            key: self._port_growth(port)
-            for key, port in self._arch.ports.items()
-            if self._touched(port)
+            key: self._port_growth(port) for key, port in self._arch.ports.items() if self._touched(port)
         }
         self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
         theta = self._theta_displacements()
@@ -219,8 +215,8 @@ class Surgery:
             multiple, rest = divmod(tensor.shape[axis], size)
             if rest or multiple == 0:
                 raise ValueError(
-                    f"The tensor '{path}.{name}' has {tensor.shape[axis]} entries along axis {axis} where the "
-                    f"architecture says {size}; trace the model again after each growth."
+                    f"The tensor '{path}.{name}' has {tensor.shape[axis]} entries along axis {axis} where "
+                    f"the architecture says {size}; trace the model again after each growth."
                 )
             index = (g.index[:, None] * multiple + torch.arange(multiple)).flatten()
             factor = g.factor.repeat_interleave(multiple)

@@ -66,9 +66,7 @@ def _relu(*args: Any, **kwargs: Any) -> Derivative:
     return _step
 
 
-def _read_leaky(
-    input: Tensor, negative_slope: float = 0.01, inplace: bool = False, **_: Any
-) -> Derivative:
+def _read_leaky(input: Tensor, negative_slope: float = 0.01, inplace: bool = False, **_: Any) -> Derivative:
     return _leaky(negative_slope)
 
 
@@ -204,6 +202,4 @@ def _asks_in_place(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         return bool(kwargs["inplace"])
     # F.relu(x, True), F.hardtanh(x, -1, 1, True) …: the flag is the last positional argument
     names = getattr(getattr(func, "__code__", None), "co_varnames", ())
-    return "inplace" in names and len(args) > names.index("inplace") and bool(
-        args[names.index("inplace")]
-    )
+    return "inplace" in names and len(args) > names.index("inplace") and bool(args[names.index("inplace")])

@@ -70,9 +70,7 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     )
 
 
-def trace_step(
-    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]
-) -> Architecture:
+def trace_step(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Architecture:
     """Like :func:`trace`, but runs ``loss_fn(model, batch)``, so the loss itself bounds what can grow."""
     return _trace(
         model,
@@ -106,7 +104,7 @@ def _trace(
                 if keeps_batch_statistics(layer):
                     layer.eval()  # one sample per channel is too few for statistics, and labels need none
             tracer.run(run, output_reason, count_uses=False)
-    except Exception:  # noqa: BLE001, S110
+    except Exception:
         pass  # the other mode may need other inputs (targets, say): then it is not part of this contract
     return verified(model, tracer.architecture(), run, compare_outputs=compare_outputs)
 
@@ -129,9 +127,7 @@ class _Tracer:
 
     # running --------------------------------------------------------------------------------------
 
-    def run(
-        self, run: Callable[[nn.Module], Any], output_reason: str, *, count_uses: bool = True
-    ) -> None:
+    def run(self, run: Callable[[nn.Module], Any], output_reason: str, *, count_uses: bool = True) -> None:
         self._count_uses = count_uses
         self._stack = []
         mode = LabelMode(self.table, self._where)
@@ -286,9 +282,7 @@ class _Tracer:
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
         ports = {
-            key: PortMap(
-                np.where(raw >= 0, neuron[raw], -1), np.where(raw >= 0, runs[raw], -1)
-            )
+            key: PortMap(np.where(raw >= 0, neuron[raw], -1), np.where(raw >= 0, runs[raw], -1))
             for key, labels in self.ports.items()
             for raw in [labels.numpy()]
         }
@@ -324,9 +318,7 @@ class _Tracer:
     def _group(
         self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
     ) -> ChannelGroup:
-        by_port = {
-            port: tuple(path for path, p in keys if p == port) for port in ("out", "through", "in")
-        }
+        by_port = {port: tuple(path for path, p in keys if p == port) for port in ("out", "through", "in")}
         theta, params, macs = [], 0, 0.0
         rank = np.full(self.table.size, -1)
         rank[members] = np.arange(len(members))
@@ -361,9 +353,7 @@ class _Tracer:
         for block in group.theta:
             tensor = self.model.get_submodule(block.module)._parameters.get(block.tensor)
             if tensor is None or not tensor.requires_grad:
-                return (
-                    f"the incoming weight '{block.module}.{block.tensor}' is frozen (requires_grad=False)"
-                )
+                return f"the incoming weight '{block.module}.{block.tensor}' is frozen (requires_grad=False)"
         if not group.dim:
             return "they have no incoming weights of their own"
         return None

@@ -12,14 +12,18 @@ __all__ = ["Every", "Plateau", "Trigger"]
 class Trigger(ABC):
     """Decides when a growth is due; the seam for a schedule of your own.
 
-    A growth is *due* until it has happened: a trigger must not rely on being asked at one certain moment,
-    because a resumed run may skip it. Its state must consist of numbers, strings, booleans and ``None``.
+    A growth is *due* until it has happened: a trigger must not rely on being asked at one certain
+    moment, because a resumed run may skip it. Its state must consist of numbers, strings, booleans
+    and ``None``.
     """
 
     monitor: str | None = None  # name of the logged metric that observe() wants to see
 
     def observe(self, value: float | None, *, epoch: int, step: int) -> None:
-        """See the monitored metric of an epoch that has just ended; called once per epoch."""
+        """See the monitored metric of an epoch that has just ended; called once per epoch.
+
+        ``None`` means that nothing new was logged.
+        """
         return None
 
     @abstractmethod
@@ -42,18 +46,21 @@ class Trigger(ABC):
 class Plateau(Trigger):
     """Grow when a metric has stopped improving.
 
-    After a growth the best value starts anew, so the bump that a growth may cause is forgiven. A value that
-    is not finite counts as no improvement.
+    After a growth the best value starts anew, so the bump that a growth may cause is forgiven. A
+    value that is not finite counts as no improvement and is never the best; an epoch without a
+    value does not count.
 
     Args:
         monitor: Name of the logged metric, looked at once per epoch.
         mode: ``"min"`` or ``"max"``: which way it improves.
         patience: Grow after so many epochs in a row without improvement.
         min_delta: Changes smaller than this are no improvement.
-        min_delta_mode: Whether ``min_delta`` is absolute (``"abs"``) or a share of the best value (``"rel"``).
+        min_delta_mode: Whether ``min_delta`` is absolute (``"abs"``, as in Lightning's
+            EarlyStopping) or a share of the best value (``"rel"``).
         cooldown: Epochs after a growth that are not looked at.
         warmup: Epochs at the start of the run that are not looked at.
-        smoothing: Share of the past in an exponential average of the metric; 0 takes it as it comes.
+        smoothing: Share of the past in an exponential average of the metric; 0 takes it as it
+            comes.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -100,12 +107,14 @@ class Plateau(Trigger):
 
     def observe(self, value: float | None, *, epoch: int, step: int) -> None:
         """Count the epoch, unless it falls into the warm-up or a cooldown."""
+        if value is None:
+            return
         if self._resting > 0:
             self._resting -= 1
             return
-        value = self._smoothed(value)
-        if value is not None and self._improves(value):
-            self._best, self._stale = value, 0
+        smoothed = self._smoothed(float(value))
+        if smoothed is not None and self._improves(smoothed):
+            self._best, self._stale = smoothed, 0
         else:
             self._stale += 1
 
@@ -128,12 +137,17 @@ class Plateau(Trigger):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the state was saved."""
+        """Go on where the state was saved.
+
+        Raises:
+            ValueError: If the state is that of another trigger.
+        """
+        _check_state(self, state)
         self._best, self._average = state["best"], state["average"]
         self._stale, self._resting = int(state["stale"]), int(state["resting"])
 
-    def _smoothed(self, value: float | None) -> float | None:
-        if value is None or not math.isfinite(value):
+    def _smoothed(self, value: float) -> float | None:
+        if not math.isfinite(value):
             return None
         if self._average is not None:
             value = self.smoothing * self._average + (1 - self.smoothing) * value
@@ -149,7 +163,8 @@ class Plateau(Trigger):
     def __repr__(self) -> str:
         return (
             f"Plateau(monitor={self.monitor!r}, mode={self.mode!r}, patience={self.patience}, "
-            f"min_delta={self.min_delta}, cooldown={self.cooldown})"
+            f"min_delta={self.min_delta}, min_delta_mode={self.min_delta_mode!r}, "
+            f"cooldown={self.cooldown}, warmup={self.warmup}, smoothing={self.smoothing})"
         )
 
 
@@ -186,8 +201,21 @@ class Every(Trigger):
         return {"last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the saved growth."""
+        """Go on from the saved growth.
+
+        Raises:
+            ValueError: If the state is that of another trigger.
+        """
+        _check_state(self, state)
         self._last = int(state["last"])
 
     def __repr__(self) -> str:
         return f"Every({self.n}, {self.unit!r})"
+
+
+def _check_state(trigger: Trigger, state: dict[str, Any]) -> None:
+    if state.keys() != trigger.state_dict().keys():
+        raise ValueError(
+            f"The saved trigger state {sorted(state)} is not one of {type(trigger).__name__}; "
+            "resume with the trigger that the run was started with."
+        )

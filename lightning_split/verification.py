@@ -75,18 +75,17 @@ def _read(rows: Tensor) -> Read:
     return flat @ probe, flat.norm(dim=1)
 
 
-def what_broke(
-    before: Readings, after: Readings, surgery: Surgery, *, compare_outputs: bool
-) -> str | None:
+def what_broke(before: Readings, after: Readings, surgery: Surgery, *, compare_outputs: bool) -> str | None:
     """The first place where the widened network reads something else, as a reason; ``None`` if none."""
-    for key, old in before.calls.items():
+    for key, read in before.calls.items():
         path, port, _ = key
         new = after.calls.get(key)
         if new is None:
             return f"after growth '{path}' is no longer called"
         index = surgery.layout(path, port)
-        if index is not None:
-            old = (old[0][index.to(old[0].device)], old[1][index.to(old[1].device)])
+        old = (
+            read if index is None else (read[0][index.to(read[0].device)], read[1][index.to(read[1].device)])
+        )
         if len(new[0]) != len(old[0]):
             return (
                 f"after growth '{path}' would read {len(new[0])} channels instead of {len(old[0])} (does the "
@@ -112,9 +111,7 @@ def _agree(old: Read, new: Read) -> bool:
     return all(bool(((a - b).abs() <= tolerance * scale).all()) for a, b in zip(old, new, strict=True))
 
 
-def verified(
-    model: nn.Module, arch: Architecture, run: Run, *, compare_outputs: bool = True
-) -> Architecture:
+def verified(model: nn.Module, arch: Architecture, run: Run, *, compare_outputs: bool = True) -> Architecture:
     """The architecture, less the groups whose neurons do not survive a real split.
 
     One neuron of every group is split without displacement, all at once; only if that fails are the
@@ -132,7 +129,7 @@ def verified(
             surgery.apply()
             try:
                 after = readings(model, arch, run)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 # The user's forward pass failed at the new width; whatever it raised is the reason.
                 first = str(error).strip().splitlines() or [type(error).__name__]
                 return f"after growth the forward pass fails: {first[0]}"

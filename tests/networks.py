@@ -119,7 +119,12 @@ class Text(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 6, bias=False), nn.Sigmoid(), nn.Linear(6, 3)
+        nn.Linear(5, 7),
+        nn.Tanh(),
+        nn.Dropout(0.0),
+        nn.Linear(7, 6, bias=False),
+        nn.Sigmoid(),
+        nn.Linear(6, 3),
     )
 
 
@@ -150,9 +155,7 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
-    "mlp": Case(
-        mlp, lambda: torch.randn(16, 5), {"0": (("0",), (), ("3",)), "3": (("3",), (), ("5",))}
-    ),
+    "mlp": Case(mlp, lambda: torch.randn(16, 5), {"0": (("0",), (), ("3",)), "3": (("3",), (), ("5",))}),
     "residual": Case(
         Residual,
         lambda: torch.randn(8, 1, 6, 6),
@@ -188,9 +191,7 @@ CASES: dict[str, Case] = {
             "left": (("left", "right"), (), ("out",)),
         },
     ),
-    "shared": Case(
-        Shared, lambda: torch.randn(16, 3), {"first": (("first", "again"), (), ("again", "out"))}
-    ),
+    "shared": Case(Shared, lambda: torch.randn(16, 3), {"first": (("first", "again"), (), ("again", "out"))}),
     "text": Case(
         Text,
         lambda: torch.randint(0, 11, (16, 7)),
@@ -199,9 +200,7 @@ CASES: dict[str, Case] = {
             "conv": (("conv",), ("act", "depth", "norm"), ("out",)),
         },
     ),
-    "volumes": Case(
-        volumes, lambda: torch.randn(8, 1, 4, 4, 4), {"0": (("0",), ("1", "4"), ("7",))}
-    ),
+    "volumes": Case(volumes, lambda: torch.randn(8, 1, 4, 4, 4), {"0": (("0",), ("1", "4"), ("7",))}),
 }
 
 

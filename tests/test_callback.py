@@ -10,10 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from modules import Classifier, Validated, assert_same, images, loader, trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-
 from lightning_split import (
     Every,
     KnapsackEnergy,
@@ -23,6 +19,10 @@ from lightning_split import (
     TopK,
     load_grown,
 )
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from modules import Classifier, Validated, assert_same, images, loader, trainer
 
 
 def _callback(**options: Any) -> SplittingCallback:
@@ -153,7 +153,7 @@ def test_reset_and_restart_start_anew(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("average", [None, "before", "after"])
 def test_resume_equals_the_uninterrupted_run(tmp_path: Path, average: str | None) -> None:
-    """From every checkpoint, into a fresh seed-sized module: the same growths and bit-identical parameters."""
+    """From every checkpoint, into a fresh seed-sized module: the same growths, bit-identical parameters."""
 
     def run(folder: Path, resume: str | None = None) -> tuple[Classifier, SplittingCallback]:
         pl.seed_everything(0 if resume is None else 99, verbose=False)
@@ -229,7 +229,7 @@ def test_iterable_data_sets_use_the_last_batches(tmp_path: Path) -> None:
     callback = _callback(num_batches=3, confirm_batches=2)
     module = Classifier()
     trainer(tmp_path, callback, max_epochs=3).fit(module, DataLoader(Stream(), 16))
-    assert [e["step"] for e in callback.history][0] == 4
+    assert next(e["step"] for e in callback.history) == 4
     assert sum(_widths(module)) > 11
 
 

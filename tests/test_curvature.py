@@ -8,13 +8,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CASES, loss_of, randomised, relu_mlp
-from torch import Tensor, nn
-
 from lightning_split import LayerRule, register_layer_rule, split_neurons, trace
 from lightning_split.curvature import SplittingOperator
 from lightning_split.surgery import Split
 from lightning_split.surrogates import SmoothDerivatives
+from torch import Tensor, nn
+
+from networks import CASES, loss_of, randomised, relu_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -64,9 +64,7 @@ def test_closed_form_of_a_tanh_network() -> None:
     torch.testing.assert_close(operator.dense("0"), expected, rtol=1e-12, atol=1e-14)
 
 
-def _change_of_loss(
-    model: nn.Module, x: Tensor, y: Tensor, arch: object, splits: list[Split]
-) -> float:
+def _change_of_loss(model: nn.Module, x: Tensor, y: Tensor, arch: object, splits: list[Split]) -> float:
     grown = copy.deepcopy(model)
     split_neurons(grown, splits, arch=arch)
     loss = loss_of(y)
@@ -133,9 +131,7 @@ def test_remainder_falls_with_the_order_that_theory_says(
     assert abs(predicted) > 1e-3
     remainders = []
     for step in (0.02, 0.01, 0.005):
-        splits = [
-            Split(n, i, weights, a * v[i] * step) for n, v in vectors.items() for i in range(len(v))
-        ]
+        splits = [Split(n, i, weights, a * v[i] * step) for n, v in vectors.items() for i in range(len(v))]
         remainders.append(_change_of_loss(model, x, y, arch, splits) - step**2 / 2 * predicted)
     for coarse, fine in itertools.pairwise(remainders):
         assert order / 1.35 < coarse / fine < order * 1.35, (remainders, coarse / fine)
@@ -155,7 +151,8 @@ def test_training_mode_uses_the_statistics_of_the_batch() -> None:
     v[1] /= v[1].norm()
     exact = operator.matvec({"conv1": v})["conv1"][1] @ v[1]
     differences = [
-        2 * _change_of_loss(model, x, y, arch, [Split("conv1", 1, (0.5, 0.5), torch.stack([v[1], -v[1]]) * e)])
+        2
+        * _change_of_loss(model, x, y, arch, [Split("conv1", 1, (0.5, 0.5), torch.stack([v[1], -v[1]]) * e)])
         / e**2
         for e in (4e-3, 2e-3)
     ]
@@ -222,12 +219,12 @@ def test_relu_has_the_derivatives_of_a_softplus() -> None:
 
 
 KINKED = {
-    "relu": (F.relu, lambda x, b: F.softplus(x, b)),
-    "relu_": (lambda x: (x * 1).relu_(), lambda x, b: F.softplus(x, b)),
-    "F.relu inplace": (lambda x: F.relu(x * 1, True), lambda x, b: F.softplus(x, b)),
-    "nn.ReLU inplace": (lambda x: nn.ReLU(True)(x * 1), lambda x, b: F.softplus(x, b)),
-    "clamp": (lambda x: x.clamp(min=0), lambda x, b: F.softplus(x, b)),
-    "clamp_min": (lambda x: torch.clamp_min(x, 0), lambda x, b: F.softplus(x, b)),
+    "relu": (F.relu, F.softplus),
+    "relu_": (lambda x: (x * 1).relu_(), F.softplus),
+    "F.relu inplace": (lambda x: F.relu(x * 1, True), F.softplus),
+    "nn.ReLU inplace": (lambda x: nn.ReLU(True)(x * 1), F.softplus),
+    "clamp": (lambda x: x.clamp(min=0), F.softplus),
+    "clamp_min": (lambda x: torch.clamp_min(x, 0), F.softplus),
     "leaky": (nn.LeakyReLU(0.2), lambda x, b: 0.2 * x + 0.8 * F.softplus(x, b)),
     "prelu": (nn.PReLU(1, 0.3), lambda x, b: 0.3 * x + 0.7 * F.softplus(x, b)),
     "rrelu": (nn.RReLU(0.1, 0.3).eval(), lambda x, b: 0.2 * x + 0.8 * F.softplus(x, b)),
@@ -303,10 +300,15 @@ def test_errors_are_sentences() -> None:
     for loss, batches, v, message in (
         (good, [], ones, "at least one batch"),
         (good, [x], {"9": ones["0"]}, "no channel group named '9'; the groups are: '0', '3'"),
-        (good, [x], {"0": torch.ones(7, 5)}, r"group '0' have shape \(7, 5\), expected \(7, 6\)"),
+        (good, [x], {"0": torch.ones(7, 5)}, r"group '0' have shape \(7, 5\), not \(7, 6\)"),
         (lambda m, b: m(b), [x], ones, r"one scalar tensor.*returned \(16, 3\)"),
         (lambda m, b: good(m, b) / 0, [x, x], ones, "loss of batch 0 is inf"),
-        (lambda m, b: torch.ones((), requires_grad=True), [x], ones, "does not depend on any splittable neuron"),
+        (
+            lambda m, b: torch.ones((), requires_grad=True),
+            [x],
+            ones,
+            "does not depend on any splittable neuron",
+        ),
         (lambda m, b: torch.ones(()), [x], ones, "does not depend on the network's parameters"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -36,9 +36,7 @@ class Matrices:
         self.num_products += 1
         assert vectors.keys() == self.matrices.keys()
         assert all(v.dtype == self.dtype for v in vectors.values())
-        return {
-            name: (self.matrices[name] @ v.unsqueeze(-1)).squeeze(-1) for name, v in vectors.items()
-        }
+        return {name: (self.matrices[name] @ v.unsqueeze(-1)).squeeze(-1) for name, v in vectors.items()}
 
     def solve(self, solver: EigenSolver, seed: int = 0) -> dict[str, Eigenpairs]:
         return solver.solve(self, self.shapes, dtype=self.dtype, device="cpu", seed=seed)
@@ -321,9 +319,7 @@ SOLVERS = [Lanczos(4), RayleighDescent(4), Exact()]
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_product_that_is_not_finite_names_group_and_count(
-    solver: EigenSolver, bad: float
-) -> None:
+def test_a_product_that_is_not_finite_names_group_and_count(solver: EigenSolver, bad: float) -> None:
     """The message says which group and how many of its neurons."""
     dense = {"fine": spectrum("random", 2, 4), "layer3.conv": spectrum("random", 5, 4)}
     dense["layer3.conv"][[0, 3]] = bad

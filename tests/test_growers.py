@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import CASES, loss_of, randomised
-from scipy.optimize import minimize
-
 from lightning_split import Exact, SteepestSplitting, trace
 from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import Scheme, schemes
+from scipy.optimize import minimize
+
+from networks import CASES, loss_of, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -105,9 +105,7 @@ def test_binary_and_quartet_values_are_those_of_a_numerical_optimiser(m: int, c:
 
 @settings(deadline=None, max_examples=60)
 @given(low=st.floats(-3, -0.01), ratio=st.floats(0.02, 12), c=st.floats(1.05, 7))
-def test_the_mixed_triplet_wins_exactly_where_the_theory_says(
-    low: float, ratio: float, c: float
-) -> None:
+def test_the_mixed_triplet_wins_exactly_where_the_theory_says(low: float, ratio: float, c: float) -> None:
     """It beats both pure triplets iff (c-1)/2 |λ-| < λ+ < 4c/(c-1)² |λ-|."""
     high = -low * ratio
     values = {s.name: _value(s, low, high) for s in schemes(3, c)}

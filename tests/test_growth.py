@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from networks import CASES, Residual, loss_of, randomised, relu_mlp
-from torch import Tensor, nn
-
 from lightning_split import (
     Exact,
     KnapsackEnergy,
@@ -22,6 +19,9 @@ from lightning_split import (
     grow,
     trace,
 )
+from torch import Tensor, nn
+
+from networks import CASES, Residual, loss_of, randomised, relu_mlp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -168,8 +168,11 @@ def _everything(model: nn.Module) -> list[Any]:
 
 def _same(a: list[Any], b: list[Any]) -> bool:
     pairs = zip(a[1], b[1], strict=True)
-    return a[0] == b[0] and a[2:4] == b[2:4] and torch.equal(a[4], b[4]) and all(
-        (x is None and y is None) or torch.equal(x, y) for x, y in pairs
+    return (
+        a[0] == b[0]
+        and a[2:4] == b[2:4]
+        and torch.equal(a[4], b[4])
+        and all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
     )
 
 

@@ -13,10 +13,6 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader, TensorDataset
-
 from lightning_split import enable_growth, split_neurons, trace
 from lightning_split.optim import (
     TrainerRanks,
@@ -29,6 +25,11 @@ from lightning_split.optim import (
     shadow_models,
 )
 from lightning_split.surgery import AxisMap, Replacement, Split
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from networks import Residual, randomised
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -74,12 +75,22 @@ POWERS = {
 }
 
 
+def residual() -> nn.Module:
+    """4-d weights, BatchNorm, weights that grow on both sides, in eval mode."""
+    return randomised(Residual()).eval()
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
 def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-    return (net(x) - x[:, :2]).square().mean()
+    out = net(x)
+    return (out - x.flatten(1)[:, : out.shape[1]]).square().mean()
+
+
+def data(net: nn.Module, n: int = 16) -> Tensor:
+    return torch.randn(n, 1, 6, 6) if isinstance(net, Residual) else torch.randn(n, 3)
 
 
 def stepped(net: nn.Module, optimizer: Optimizer, x: Tensor, steps: int = 3) -> None:
@@ -94,11 +105,10 @@ def stepped(net: nn.Module, optimizer: Optimizer, x: Tensor, steps: int = 3) -> 
 
 
 def split(net: nn.Module, weights: tuple[float, ...], neuron: int = 1, epsilon: float = 0.0) -> Any:
-    """Split one neuron of the hidden layer."""
-    arch = trace(net, torch.randn(2, 3))
-    group = arch.groups[0]
-    displacements = epsilon * torch.randn(len(weights), group.dim)
-    return split_neurons(net, [Split(group.name, neuron, weights, displacements)], arch=arch)
+    """Split one neuron of every group."""
+    arch = trace(net, data(net, 2))
+    splits = [Split(g.name, neuron, weights, epsilon * torch.randn(len(weights), g.dim)) for g in arch.groups]
+    return split_neurons(net, splits, arch=arch)
 
 
 def expected(entry: Tensor, replacement: Replacement, power: Any) -> Tensor:
@@ -126,9 +136,13 @@ def snapshot(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (-1.0, 2.0)], ids=["positive", "signed"])
-def test_every_entry_follows_its_neuron(name: str, weights: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("make", [mlp, residual])
+def test_every_entry_follows_its_neuron(
+    make: Callable[[], nn.Module], name: str, weights: tuple[float, ...]
+) -> None:
     """Old parameters are gone, new ones are in their places, every entry has its rule's value."""
-    net, x = mlp(), torch.randn(16, 3)
+    net = make()
+    x = data(net)
     params = [p for p in net.parameters() if p.ndim == 2 or name != "Muon"]
     optimizer = MAKERS[name](params)
     stepped(net, optimizer, x)
@@ -154,11 +168,7 @@ def test_every_entry_follows_its_neuron(name: str, weights: tuple[float, ...]) -
             assert after.keys() == before[old].keys()
             for key, power in POWERS[name].items():
                 entry = before[old][key]
-                want = (
-                    replacement.new.detach()
-                    if power is None
-                    else expected(entry, replacement, power)
-                )
+                want = replacement.new.detach() if power is None else expected(entry, replacement, power)
                 torch.testing.assert_close(after[key], want)
                 checked += 1
             for key in ("step", "mu_product", "eta", "mu"):
@@ -174,7 +184,7 @@ def test_every_entry_follows_its_neuron(name: str, weights: tuple[float, ...]) -
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_reset_starts_the_grown_parameters_anew(name: str) -> None:
-    """With mode 'reset' grown parameters have no state, the others keep theirs, and training runs."""
+    """With mode 'reset' grown parameters have no state, the others keep theirs, and all train."""
     net, x = mlp(), torch.randn(16, 3)
     optimizer = MAKERS[name]([p for p in net.parameters() if p.ndim == 2 or name != "Muon"])
     stepped(net, optimizer, x)
@@ -192,15 +202,19 @@ def test_reset_starts_the_grown_parameters_anew(name: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (-1.0, 2.0), (0.25, 0.25, 0.5)])
-def test_the_scale_is_that_of_the_gradient(weights: tuple[float, ...]) -> None:
-    """At ε = 0 the gradient of the grown net is the carried old one, which is why moments scale so."""
-    net, x = mlp(), torch.randn(16, 3)
+@pytest.mark.parametrize(("make", "grown"), [(mlp, 3), (residual, 12)])
+def test_the_scale_is_that_of_the_gradient(
+    make: Callable[[], nn.Module], grown: int, weights: tuple[float, ...]
+) -> None:
+    """At ε = 0 the gradient of the grown net is the carried old one: hence the scale of moments."""
+    net = make()
+    x = data(net)
     loss_of(net, x).backward()
     old = {p: p.grad.clone() for p in net.parameters() if p.grad is not None}
     replaced = split(net, weights)
     net.zero_grad()
     loss_of(net, x).backward()
-    assert len(replaced) == 3
+    assert len(replaced) == grown
     for p, replacement in replaced.items():
         torch.testing.assert_close(replacement.new.grad, expected(old[p], replacement, 1))
 
@@ -320,7 +334,7 @@ def test_an_unknown_class_starts_anew_and_says_so() -> None:
     optimizer = Homemade(net.parameters(), lr=0.01)
     stepped(net, optimizer, x)
     replaced = split(net, (0.5, 0.5))
-    sentence = "3 grown parameters starts anew, because Homemade is not a class of torch.optim"
+    sentence = r"3 grown parameters starts anew, because Homemade is not a class of torch\.optim"
     with pytest.warns(UserWarning, match=sentence):
         carry_state(optimizer, replaced)
     assert {id(p) for p in optimizer.state} == {id(net[2].bias)}
@@ -364,9 +378,7 @@ def test_state_keeps_its_dtype() -> None:
     scale = torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)
     carry_state(optimizer, {old: Replacement(new, {0: AxisMap(torch.tensor([0, 1, 1]), scale)})})
     assert optimizer.state[new]["exp_avg"].dtype == torch.bfloat16
-    torch.testing.assert_close(
-        optimizer.state[new]["exp_avg"].double(), scale * 0.1, rtol=1e-2, atol=0
-    )
+    torch.testing.assert_close(optimizer.state[new]["exp_avg"].double(), scale * 0.1, rtol=1e-2, atol=0)
 
 
 def test_untrained_parameters_are_found_out() -> None:
@@ -465,9 +477,7 @@ def test_carry_all_in_a_fit(mode: str, schedule: str) -> None:
         else:
             assert r.new not in callback.carried
     (optimizer,) = trainer.optimizers
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
-        id(p) for p in module.parameters()
-    ]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in module.parameters()]
 
 
 def test_without_carrying_the_growth_is_not_trained() -> None:
@@ -556,7 +566,7 @@ def test_strategies_are_told_apart() -> None:
     sharding: Any = _Trainer(FSDPStrategy())
     with pytest.raises(
         MisconfigurationException,
-        match="^SplittingCallback cannot grow a network under FSDPStrategy, which shards",
+        match=r"^SplittingCallback cannot grow a network under FSDPStrategy, which shards",
     ):
         refuse_strategy(sharding)
 
@@ -636,9 +646,7 @@ class Ddp(pl.Callback):
         torch.testing.assert_close(mean["a"], torch.full((2, 3), 0.5))
         torch.testing.assert_close(mean["b"], torch.tensor(0.5, dtype=torch.float32))
         torch.testing.assert_close(mean["c"], torch.tensor([5.0]))
-        torch.testing.assert_close(
-            tensors["a"], torch.full((2, 3), rank)
-        )  # the input is not reduced
+        torch.testing.assert_close(tensors["a"], torch.full((2, 3), rank))  # the input is not reduced
         torch.testing.assert_close(gathered["a"][:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
         assert ranks.agree(trainer.global_rank) == 0
         wrapper = trainer.strategy.model

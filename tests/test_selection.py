@@ -53,9 +53,7 @@ def total_cost(chosen: Sequence[Candidate]) -> float:
     return math.fsum(c.cost for c in chosen)
 
 
-def best_by_force(
-    candidates: Sequence[Candidate], budget: float, per_group_max: int | None
-) -> float:
+def best_by_force(candidates: Sequence[Candidate], budget: float, per_group_max: int | None) -> float:
     """Largest total gain over all admissible subsets."""
     neurons: dict[tuple[str, int], list[Candidate | None]] = {}
     for c in candidates:
@@ -104,9 +102,7 @@ def test_the_exact_knapsack_equals_brute_force(
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    candidates=candidate_lists(), budget=budgets, cap=caps, solver=st.sampled_from(["lp", "greedy"])
-)
+@given(candidates=candidate_lists(), budget=budgets, cap=caps, solver=st.sampled_from(["lp", "greedy"]))
 def test_the_approximate_knapsacks_are_admissible_and_leave_nothing_affordable(
     candidates: list[Candidate], budget: float, cap: int | None, solver: str
 ) -> None:
@@ -153,9 +149,7 @@ def test_no_strategy_depends_on_the_order_of_the_candidates(
 
 @settings(deadline=None, max_examples=100)
 @given(candidates=candidate_lists(), fraction=st.floats(0.0, 1.0), cap=caps)
-def test_top_k_equals_its_definition(
-    candidates: list[Candidate], fraction: float, cap: int | None
-) -> None:
+def test_top_k_equals_its_definition(candidates: list[Candidate], fraction: float, cap: int | None) -> None:
     """The k largest positive gains, best scheme of each neuron, ties by group and neuron."""
     chosen = TopK(fraction=fraction, per_group_max=cap).select(candidates)
     neurons = {key: max(c.gain for c in candidates if (c.group, c.neuron) == key)
@@ -274,6 +268,22 @@ def test_with_equal_costs_the_knapsack_is_top_k(solver: str, cap: int | None) ->
     ]
     chosen = KnapsackEnergy(6, solver=solver, per_group_max=cap).select(offered)
     assert chosen == TopK(count=24, per_group_max=cap).select(offered)
+
+
+@pytest.mark.parametrize("solver", ["milp", "lp"])
+def test_the_limits_are_part_of_the_programme(solver: str) -> None:
+    """Where one split per neuron or per-group caps bind, small dense splits do not crowd out."""
+    schemes = [
+        Candidate("g", i, gain, cost=cost, scheme=scheme)
+        for i in range(30)
+        for scheme, gain, cost in [("small", 1.0, 1.0), ("large", 1.9, 2.0)]
+    ]
+    chosen = KnapsackEnergy(60, solver=solver).select(schemes)
+    assert [c.scheme for c in chosen] == ["large"] * 30
+    crowd = [Candidate("g", i, gain=1.0, cost=1.0) for i in range(15)]
+    crowd += [Candidate("g", i, gain=5.0, cost=10.0) for i in range(15, 30)]
+    chosen = KnapsackEnergy(100, solver=solver, per_group_max=10).select(crowd)
+    assert [c.gain for c in chosen] == [5.0] * 10
 
 
 @pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])

@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from networks import CASES, Residual, randomised
-from torch import Tensor, nn
-
 from lightning_split import split_neurons, trace
 from lightning_split.architecture import Architecture
 from lightning_split.surgery import Split, Surgery
+from torch import Tensor, nn
+
+from networks import CASES, Residual, randomised
 
 
 def _splits(arch: Architecture, rng: np.random.Generator, dtype: torch.dtype) -> list[Split]:
@@ -59,9 +59,18 @@ def test_displacements_land_on_the_right_weights() -> None:
     bias = model.conv2.bias.detach().clone()
     head = model.head.weight.detach().clone().view(6, 4, 9)
     split_neurons(model, [Split("stem", 1, (0.25, 0.75), delta)], arch=arch)
-    torch.testing.assert_close(model.stem.weight[[0, 1, 2, 3, 4]], torch.stack(
-        [stem[0], stem[1] + delta[0, :9].view(1, 3, 3), stem[1] + delta[1, :9].view(1, 3, 3), stem[2], stem[3]]
-    ))
+    torch.testing.assert_close(
+        model.stem.weight[[0, 1, 2, 3, 4]],
+        torch.stack(
+            [
+                stem[0],
+                stem[1] + delta[0, :9].view(1, 3, 3),
+                stem[1] + delta[1, :9].view(1, 3, 3),
+                stem[2],
+                stem[3],
+            ]
+        ),
+    )
     torch.testing.assert_close(model.conv2.weight[2], conv2[1] + delta[1, 10:55].view(5, 3, 3))
     torch.testing.assert_close(model.conv2.bias[1:3], bias[1] + delta[:, 55])
     torch.testing.assert_close(
@@ -88,9 +97,18 @@ def test_both_sides_of_a_weight_split_at_once_keep_the_total_displacement() -> N
 
 def test_new_parameters_keep_what_the_old_ones_had() -> None:
     """dtype, requires_grad, attributes, memory format and hooks survive; unrelated tensors stay the same."""
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)
-    ).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    model = (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 3),
+            nn.ReLU(),
+            nn.Conv2d(3, 2, 1),
+        )
+        .to(torch.bfloat16)
+        .to(memory_format=torch.channels_last)
+    )
     model[3].weight.requires_grad_(False)
     model[3].bias.requires_grad_(False)
     model[0].weight._no_weight_decay = True
@@ -114,7 +132,7 @@ def test_maps_say_where_each_new_entry_comes_from_and_how_gradients_scale() -> N
     """Gradients at ε = 0 are the old ones, indexed and scaled by the maps."""
     torch.set_default_dtype(torch.float64)
     model, x = randomised(Residual()).eval(), torch.randn(8, 1, 6, 6)
-    old = {n: p for n, p in model.named_parameters()}
+    old = dict(model.named_parameters())
     grads = dict(zip(old, torch.autograd.grad(model(x).square().sum(), list(old.values())), strict=True))
     arch = trace(model, x)
     replaced = split_neurons(model, _splits(arch, np.random.default_rng(0), torch.float64), arch=arch)

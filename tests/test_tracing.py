@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CASES, Residual, randomised
+from lightning_split import LayerRule, register_layer_rule, trace
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, weight_norm
 
-from lightning_split import LayerRule, register_layer_rule, trace
+from networks import CASES, Residual, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -47,7 +47,12 @@ def test_dim_counts_weights_and_biases_of_all_producers() -> None:
 def test_costs_of_one_more_neuron_by_hand() -> None:
     """params and macs count incoming, channelwise and outgoing weights at the true spatial sizes."""
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6 * 16, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 2),
     )
     arch = trace(net, torch.randn(3, 1, 8, 8))
     first, second = arch.groups
@@ -118,7 +123,11 @@ REFUSALS = {
     "gather": (lambda x: x[:, torch.tensor([1, 0, 2, 3, 4, 5])], 6, "indexing"),
     "cut axis": (lambda x: x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6), 6, "into several"),
     "attention": (lambda x: x @ (x.T @ x), 6, "contracts the neurons|matrix product"),
-    "grouped": (nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 6, 1, groups=2), nn.Flatten()), 6, "2 groups"),
+    "grouped": (
+        nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 6, 1, groups=2), nn.Flatten()),
+        6,
+        "2 groups",
+    ),
     "cumsum": (lambda x: x.cumsum(1), 6, "cumsum mixes the neurons"),
 }
 
