@@ -120,6 +120,39 @@ def fit(name: str, callbacks: list[pl.Callback], args: argparse.Namespace) -> tu
     return model, accuracy
 
 
+def draw(path: Path, folder: Path, history: list[dict[str, Any]]) -> None:
+    """Loss and accuracy of both runs from their TensorBoard files, and the widths, as one picture."""
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    for name, color in (("grown", "C0"), ("seed without growth", "0.55")):
+        events = EventAccumulator(str(folder / "quickstart" / name))
+        events.Reload()
+        for ax, tag in zip(axes, ("train_loss", "val_acc"), strict=False):
+            points = [(e.step, e.value) for e in events.Scalars(tag)]
+            ax.plot(*zip(*points, strict=True), color=color, label=name, linewidth=1.8)
+    steps = [event["step"] for event in history]
+    end = axes[0].get_xlim()[1]
+    for number, name in enumerate(history[0]["widths_before"]):
+        widths = [history[0]["widths_before"][name], *(e["widths_after"][name] for e in history)]
+        axes[2].step(
+            [0, *steps, end], [*widths, widths[-1]], where="post", color=f"C{number + 1}", label=name
+        )
+    for ax, label in zip(axes, ("training loss", "validation accuracy", "neurons"), strict=True):
+        for step in steps:
+            ax.axvline(step, color="0.88", zorder=0)
+        ax.set_ylabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, loc="upper left" if ax is axes[2] else "best")
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0.7, 1.0)
+    axes[2].set(xlabel="training step (vertical lines: growths)", xlim=(0, end), ylim=(0, None))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the example; returns the two accuracies and the number of growths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -127,6 +160,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--width", type=int, default=2, help="channels of the seed network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for TensorBoard")
+    parser.add_argument("--picture", type=Path, help="also draw both runs to this file")
     parser.add_argument("--fast", action="store_true", help="a few epochs, for a test")
     args = parser.parse_args(argv)
     if args.fast:
@@ -152,6 +186,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         f"{growths} growths took the validation accuracy from {seed:.2%} (the seed trained equally long) "
         f"to {grown:.2%}.\nTensorBoard: tensorboard --logdir {args.out}"
     )
+    if args.picture:
+        draw(args.picture, args.out, splitting.history)
     return {"grown": grown, "seed": seed, "growths": float(growths)}
 
 

@@ -2,8 +2,8 @@
 
 A splitting matrix is made of second derivatives, and those of the ReLU family vanish almost everywhere.
 Inside :class:`SmoothDerivatives` such functions keep their values, while their derivatives are those of
-the same function built from softplus with slope β (S2D, Appendix B: "we replace all ReLU activation with
-Softplus"; β = 3 in the official code).
+the same function built from softplus with slope β. S2D (Liu, Wu, Wang 2019, Appendix B) puts softplus in the
+place of ReLU for the same purpose; β = 3 is the choice of the authors' code.
 """
 
 from __future__ import annotations
