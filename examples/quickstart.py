@@ -137,9 +137,8 @@ def draw(path: Path, folder: Path, history: list[dict[str, Any]]) -> None:
     end = axes[0].get_xlim()[1]
     for number, name in enumerate(history[0]["widths_before"]):
         widths = [history[0]["widths_before"][name], *(e["widths_after"][name] for e in history)]
-        axes[2].step(
-            [0, *steps, end], [*widths, widths[-1]], where="post", color=f"C{number + 1}", label=name
-        )
+        style = {"where": "post", "color": f"C{number + 1}", "label": name}
+        axes[2].step([0, *steps, end], [*widths, widths[-1]], **style)
     for ax, label in zip(axes, ("training loss", "validation accuracy", "neurons"), strict=True):
         for step in steps:
             ax.axvline(step, color="0.88", zorder=0)

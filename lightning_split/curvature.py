@@ -38,7 +38,7 @@ class SplittingOperator:
     Shapes: a group of ``N`` neurons with ``D`` incoming weights each has vectors ``(N, D)``.
 
     Cost: preparing a batch takes two forward and two backward passes; a product takes about one training
-    step. Batches beyond ``keep_graphs`` are prepared anew for every product.
+    step. Batches whose graphs do not fit into ``cache_bytes`` are prepared anew for every product.
 
     Args:
         model: The network; left as it was by every method.
@@ -48,7 +48,8 @@ class SplittingOperator:
         surrogate_beta: Sharpness of the softplus whose derivatives stand in for those of piecewise-linear
             activations; ``None`` keeps the true ones, whose second derivative is zero.
         train: Run in training mode (BatchNorm by the statistics of the batch) instead of eval mode.
-        keep_graphs: How many batches keep their graph in memory between products.
+        cache_bytes: Graphs of batches are kept between products until they take about so much memory; that of
+            one batch is always kept.
         seed: Seed of the random state in every pass (dropout in training mode).
     """
 
@@ -61,7 +62,7 @@ class SplittingOperator:
         *,
         surrogate_beta: float | None = 3.0,
         train: bool = False,
-        keep_graphs: int = 1,
+        cache_bytes: int = 2**30,
         seed: int = 0,
     ) -> None:
         self._model = model
@@ -70,7 +71,7 @@ class SplittingOperator:
         self._loss_fn = loss_fn
         self._beta = surrogate_beta
         self._train = train
-        self._keep = keep_graphs
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._seed = seed
         self._graphs: dict[int, _Graph] = {}
         if not self._batches:
@@ -137,12 +138,14 @@ class SplittingOperator:
             graph = self._graphs.get(number)
             if graph is None:
                 graph = self._prepare(number)
-                if len(self._graphs) < self._keep:
+                if not self._graphs or self._cached_bytes + graph.size <= self._cache_bytes:
                     self._graphs[number] = graph
+                    self._cached_bytes += graph.size
             yield self._product(graph, vectors)
 
-    def dense(self, group: str) -> Tensor:
-        """The splitting matrices of one group, ``(N, D, D)``; costs D products."""
+    def dense(self, group: str | ChannelGroup) -> Tensor:
+        """The splitting matrices of one group (or its name), ``(N, D, D)``; costs D products."""
+        group = group.name if isinstance(group, ChannelGroup) else group
         width, dim = self.shapes[group]
         columns = []
         for j in range(dim):
@@ -182,7 +185,10 @@ class SplittingOperator:
                 )
         # A gradient without history is constant in θ: those weights have no second derivative.
         alive = {key: g for key, g in zip(theta, first, strict=True) if g is not None and g.requires_grad}
-        return _Graph(alive, theta)
+        # Beside each cut activation a segment holds some five of like size: its input, what its layers save
+        # in the forward and in the double backward pass, and the cotangent.
+        size = 6 * sum(x.element_size() * x.nelement() for x in reads)
+        return _Graph(alive, theta, size)
 
     def _cotangents(self, batch: Any, number: int) -> list[Tensor | None]:
         """Gradient of the loss at every consumer's input, through that consumer alone."""
@@ -285,10 +291,14 @@ class _Graph:
     """One batch, ready for products: φ's gradient with its graph, and what it is a gradient in."""
 
     def __init__(
-        self, first: dict[tuple[str, str], Tensor], theta: dict[tuple[str, str], nn.Parameter]
+        self,
+        first: dict[tuple[str, str], Tensor],
+        theta: dict[tuple[str, str], nn.Parameter],
+        size: int,
     ) -> None:
         self.first = first
         self.theta = theta
+        self.size = size  # bytes of memory, roughly
 
 
 def check_loss(loss: Any, number: int) -> None:

@@ -106,7 +106,7 @@ def grow(
     max_macs: float | None = None,
     surrogate_beta: float | None = 3.0,
     train_mode: bool = False,
-    keep_graphs: int = 1,
+    cache_bytes: int = 2**30,
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> GrowthReport:
@@ -132,7 +132,7 @@ def grow(
         max_macs: The grown network has at most so many MACs per sample.
         surrogate_beta: See :class:`~lightning_split.curvature.SplittingOperator`.
         train_mode: Estimate in training mode instead of eval mode.
-        keep_graphs: Batches whose graph is kept between products; more is faster and takes more memory.
+        cache_bytes: Memory for graphs that are kept between products; more is faster.
         seed: Makes a growth repeatable bit for bit.
         ranks: Collectives, where several processes grow together.
 
@@ -163,7 +163,7 @@ def grow(
             loss_fn,
             surrogate_beta=surrogate_beta,
             train=train_mode,
-            keep_graphs=keep_graphs,
+            cache_bytes=cache_bytes,
             seed=seed,
         )
 

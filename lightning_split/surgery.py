@@ -31,6 +31,10 @@ class Split:
     weights: tuple[float, ...]  # w, (m,), sums to 1
     displacements: Tensor  # δ, (m, dim), step size included, laid out as ChannelGroup.theta
 
+    def __post_init__(self) -> None:
+        if isinstance(self.group, ChannelGroup):
+            object.__setattr__(self, "group", self.group.name)
+
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:

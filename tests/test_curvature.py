@@ -183,14 +183,15 @@ def test_batches_are_averaged_and_kept_graphs_change_nothing() -> None:
     a, b = case.inputs(), case.inputs()
     arch = trace(model, a)
     one, two, both, all_kept, twice = (
-        SplittingOperator(model, arch, batches, loss, keep_graphs=keep)
-        for batches, keep in (([a], 1), ([b], 1), ([a, b], 1), ([a, b], 2), ([a, b, a, b], 0))
+        SplittingOperator(model, arch, batches, loss, cache_bytes=keep)
+        for batches, keep in (([a], 0), ([b], 0), ([a, b], 0), ([a, b], 2**30), ([a, b, a, b], 0))
     )
     v = {n: torch.randn(shape) for n, shape in one.shapes.items()}
     expected = {n: (one.matvec(v)[n] + two.matvec(v)[n]) / 2 for n in v}
     torch.testing.assert_close(both.matvec(v), expected)
     assert all(torch.equal(both.matvec(v)[n], all_kept.matvec(v)[n]) for n in v)
     torch.testing.assert_close(twice.matvec(v), expected)
+    assert (len(both._graphs), len(all_kept._graphs), len(twice._graphs)) == (1, 2, 1)
 
 
 def test_a_linear_neuron_has_no_splitting_matrix() -> None:

@@ -219,11 +219,15 @@ class _Counting(nn.Module):
         return self.out(torch.tanh(self.fc(h)))
 
 
-@pytest.mark.parametrize("patience", [0, 5, 8, 40])
+@pytest.mark.parametrize("patience", [0, 5, 8, -3])
 def test_a_hard_coded_width_is_caught_before_or_at_the_check(patience: int) -> None:
     """Whether the trial or the check batch finds it: the group is named, left alone, the rest grows."""
-    model = _Counting(count(), patience)
     x = torch.randn(4, 1, 6, 6)
+    if patience < 0:  # from the end: the check batch, then twice the loss after growth
+        calls = count()
+        grow(_Counting(calls, 10**9), [x, x], loss_of(torch.zeros(4, 2)), strategy=_All())
+        patience += next(calls)
+    model = _Counting(count(), patience)
     conv = model.conv.weight
     report = grow(model, [x, x], loss_of(torch.zeros(4, 2)), strategy=_All())
     assert model.conv.weight is conv
@@ -231,6 +235,7 @@ def test_a_hard_coded_width_is_caught_before_or_at_the_check(patience: int) -> N
     assert {s.group for s in report.splits} == {"fc"}
     barred = dict(report.barred) | {u.name: u.reason for u in report.architecture.unsplittable}
     assert "after growth" in barred["conv"]
+    assert ("conv" in report.barred) == (patience > 0)  # else already tracing has seen it
     again = grow(_Counting(count(), 10**9), [x], loss_of(torch.zeros(4, 2)), strategy=_All(), barred=barred)
     assert {s.group for s in again.splits} == {"fc"}
 

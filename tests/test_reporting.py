@@ -28,7 +28,7 @@ def test_tensorboard_gets_the_numbers_of_the_reports(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     callback = _run(tmp_path, TensorBoardLogger(tmp_path, name="tb", version="v"))
-    events = EventAccumulator(str(tmp_path / "tb" / "v"))
+    events = EventAccumulator(str(tmp_path / "tb" / "v"), size_guidance={"histograms": 0, "images": 0})
     events.Reload()
     steps = [event["step"] for event in callback.history]
     assert steps == [3, 6]
