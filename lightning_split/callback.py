@@ -26,6 +26,7 @@ from lightning_split.optim import (
     refuse_strategy,
     rewrap,
     shadow_models,
+    share_buffers,
 )
 from lightning_split.probing import (
     BatchBuffer,
@@ -216,9 +217,11 @@ class SplittingCallback(pl.Callback):
         monitor, finished = self.trigger.monitor, trainer.current_epoch - 1
         if monitor is None or finished < 0 or finished <= self._observed_epoch:
             return
-        value = trainer.callback_metrics.get(monitor)
+        metric = trainer.callback_metrics.get(monitor)
+        # Logged without sync_dist it differs between processes, which must grow at the same time.
+        value = TrainerRanks(trainer).agree(None if metric is None else float(metric))
         if value is not None:
-            self._last_value = float(value)
+            self._last_value = value
         elif self._last_value is None:
             interval = trainer.check_val_every_n_epoch or 1
             if finished + 1 >= interval:
@@ -285,6 +288,7 @@ class SplittingCallback(pl.Callback):
         if fresh is not None and not fresh:  # fewer batches in an epoch than asked for
             half = (len(batches) + 1) // 2
             batches, fresh = batches[:half], batches[half:] or None
+        share_buffers(trainer)
         with quiet(trainer, pl_module):
             report = grow(
                 pl_module,

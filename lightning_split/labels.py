@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["LabelMode", "NeuronTable"]
+__all__ = ["ChunkMode", "LabelMode", "NeuronTable"]
 
 Ids = npt.NDArray[np.int64]
 FIXED = -1  # label of an element that belongs to no neuron
@@ -96,6 +97,24 @@ class NeuronTable:
         return neuron, self._runs.copy(), reasons
 
 
+class ChunkMode(TorchFunctionMode):
+    """Tells a :class:`LabelMode` when a split comes from ``chunk``, which operators below cannot tell."""
+
+    def __init__(self, labels: LabelMode) -> None:
+        super().__init__()
+        self._labels = labels
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        asked = func in (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
+        self._labels.chunks += asked
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._labels.chunks -= asked
+
+
 class LabelMode(TorchDispatchMode):
     """Carries labels beside the activations of one run of a model.
 
@@ -108,8 +127,9 @@ class LabelMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
         self.suspended = 0  # > 0 while a layer with a rule runs: its inside is the rule's business
+        self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.leaked: dict[int, str] = {}  # id of a parameter -> the contraction that used it by itself
-        self._where = where
+        self.where = where
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -141,7 +161,7 @@ class LabelMode(TorchDispatchMode):
         for tensor in tensors:
             labels = self.get(tensor)
             if labels is not None:
-                self.table.bar(self.ids(labels), f"{why}{self._where()}")
+                self.table.bar(self.ids(labels), f"{why}{self.where()}")
 
     def unify(self, a: Tensor, b: Tensor, why: str) -> Tensor:
         """Tie labels that meet element by element, and return the labels of the result."""
@@ -157,11 +177,18 @@ class LabelMode(TorchDispatchMode):
             alone = (fa >= 0) != (fb >= 0)
             self.table.bar(
                 np.unique(np.maximum(fa, fb)[alone]).tolist(),
-                f"{why} meets values that belong to no neuron{self._where()}",
+                f"{why} meets values that belong to no neuron{self.where()}",
             )
             both = (fa >= 0) & (fb >= 0) & (fa != fb)
             self._tie_pairs(np.unique(np.stack([fa[both], fb[both]]), axis=1), why)
         return torch.where(ra >= 0, ra, rb).expand(shape)
+
+    def merge(self, labels: Tensor, dim: int, why: str) -> Tensor:
+        """Tie what lies side by side along a dimension; the result no longer depends on it."""
+        first = labels.narrow(dim, 0, 1)
+        for i in range(1, labels.shape[dim]):
+            self.unify(first, labels.narrow(dim, i, 1), why)
+        return first.expand(labels.shape)
 
     def _tie_pairs(self, pairs: Ids, why: str) -> None:
         left, right = pairs
@@ -177,7 +204,7 @@ class LabelMode(TorchDispatchMode):
         if not sound:
             self.table.bar(
                 np.unique(pairs).tolist(),
-                f"{why} brings together neurons in a pattern that growth would break{self._where()}",
+                f"{why} brings together neurons in a pattern that growth would break{self.where()}",
             )
         self.table.tie(left, right)
 
@@ -219,7 +246,7 @@ class LabelMode(TorchDispatchMode):
             for labels in (before, after):
                 if labels is not None:
                     self.table.bar(
-                        self.ids(labels), f"{name} writes neurons into another tensor{self._where()}"
+                        self.ids(labels), f"{name} writes neurons into another tensor{self.where()}"
                     )
             self.set(tensor, None)
 
@@ -237,7 +264,7 @@ class LabelMode(TorchDispatchMode):
                 self._weights[t] = owners[0]
         elif name in _CONTRACTIONS:
             for owner in owners:
-                self.leaked.setdefault(owner, f"is used by {name}{self._where()}")
+                self.leaked.setdefault(owner, f"is used by {name}{self.where()}")
 
 
 Handler = Callable[[LabelMode, Any, str, Sequence[Any], dict[str, Any], list[Tensor], Any], None]
@@ -349,14 +376,25 @@ def _copy(
 def _reshape(
     mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
 ) -> None:
-    """A reshape may merge the neuron axis with others, or undo that, but not cut it into several."""
+    """A reshape may merge the neuron axis with others, undo that, or cut it into equal groups.
+
+    Groups (heads, the groups of a channel shuffle) stay as many as they are and grow alike: a neuron is then
+    one channel of each of them. That the code means this, and not groups of fixed size, shows in the trial.
+    """
     labels = mode.get(args[0])
     assert labels is not None
     moved = labels.reshape(out.shape)
+    cut = [d for d, v in enumerate(mode.varying(moved)) if v]
+    before = sum(mode.varying(labels))
+    if len(cut) > before:
+        if before > 1:
+            mode.set(out, moved)
+            mode.bar([out], f"{name} cuts the axis of the neurons into several")
+            mode.set(out, None)
+            return
+        for d in cut[:-1]:
+            moved = mode.merge(moved, d, name)
     mode.set(out, moved)
-    if sum(mode.varying(moved)) > sum(mode.varying(labels)):
-        mode.bar([out], f"{name} cuts the axis of the neurons into several")
-        mode.set(out, None)
 
 
 def _dims(args: Sequence[Any], kwargs: dict[str, Any], position: int, ndim: int) -> list[int]:
@@ -379,6 +417,9 @@ def _cut(dim_position: int) -> Handler:
         vary = mode.varying(labels)
         default = args[dim_position] if len(args) > dim_position else kwargs.get("dim", 0)
         dims = default if isinstance(default, (list, tuple)) else [default]
+        if mode.chunks and name == "split" and [d for d, v in enumerate(vary) if v] == [dims[0] % len(vary)]:
+            _chunk(mode, labels, dims[0] % len(vary), _tensors(out), name)
+            return
         unchanged = all(o.shape == args[0].shape for o in _tensors(out)) and name == "slice"
         if any(vary[d % len(vary)] for d in dims) and not unchanged:
             mode.bar([args[0]], f"{name} cuts or reorders the axis of the neurons")
@@ -388,6 +429,46 @@ def _cut(dim_position: int) -> Handler:
         _move(mode, func, name, args, kwargs, inputs, out)
 
     return handle
+
+
+def _chunk(mode: LabelMode, labels: Tensor, dim: int, pieces: list[Tensor], name: str) -> None:
+    """Equal pieces of the neuron axis, as many as there are now: they grow alike."""
+    parts = labels.split([p.shape[dim] for p in pieces], dim)
+    if len({p.shape[dim] for p in parts}) > 1:
+        mode.table.bar(mode.ids(labels), f"{name} cuts the neurons into unequal pieces{mode.where()}")
+    else:
+        for part in parts[1:]:
+            mode.unify(parts[0], part, name)
+    for piece, part in zip(pieces, parts, strict=True):
+        mode.set(piece, part)
+
+
+def _glu(
+    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
+) -> None:
+    labels = mode.get(args[0])
+    assert labels is not None
+    dim = (args[1] if len(args) > 1 else -1) % labels.ndim
+    if any(v for d, v in enumerate(mode.varying(labels)) if d != dim):
+        _barrier(mode, func, name, args, kwargs, inputs, out)
+        return
+    value, gate = labels.chunk(2, dim)
+    mode.set(out, mode.unify(value, gate, name))
+
+
+def _attention(
+    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
+) -> None:
+    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
+    mode.bar(args[:2], "attention scores contract queries and keys over their channels")
+    for o in _tensors(out):
+        mode.set(o, None)
+    values = mode.get(args[2])
+    if values is not None:
+        if mode.varying(values)[-2]:
+            mode.bar(args[2:3], "attention mixes the positions along which these neurons lie")
+        else:
+            mode.set(_tensors(out)[0], values.narrow(-2, 0, 1).expand(_tensors(out)[0].shape))
 
 
 def _repeat(
@@ -557,6 +638,13 @@ _register(_reshape, "view", "_unsafe_view", "reshape", "_reshape_alias")
 _register(_cut(1), "slice", "select", "unbind", "index_select", "flip", "unfold")
 _register(_cut(2), "split", "split_with_sizes", "roll")
 _register(_repeat, "repeat")
+_register(_glu, "glu")
+_register(
+    _attention,
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    *("_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"),
+)
 _register(_pad, "constant_pad_nd")
 _register(_cat, "cat", "stack")
 _register(_pointwise, "hardswish", "hardswish_", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise")

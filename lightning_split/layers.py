@@ -69,6 +69,13 @@ class LayerRule(ABC):
                     return int(tensor.shape[axis])
         return None
 
+    def tiles(self, layer: nn.Module) -> int:
+        """Number of equal groups into which a mixer cuts its channels; a neuron is one channel of each.
+
+        The ``"in"`` port has the size of one group, the ``"out"`` port that of all together.
+        """
+        return 1
+
     def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
         """Axis of the layer's input and output along which neurons lie (negative counts from the end)."""
         return 1
@@ -241,6 +248,18 @@ class _Conv(_Mixer):
         return -1 - len(layer.kernel_size)
 
 
+class _GroupedConv(_Conv):
+    """Groups must stay equal: a neuron is one channel of every group, on both sides."""
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, _ConvNd)
+        layer.in_channels, layer.out_channels = layer.groups * sizes["in"], sizes["out"]
+
+    def tiles(self, layer: nn.Module) -> int:
+        assert isinstance(layer, _ConvNd)
+        return layer.groups
+
+
 class _ConvTranspose(_Conv):
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
         return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
@@ -328,7 +347,9 @@ def _convolution(layer: nn.Module) -> LayerRule:
         if transposed and layer.out_channels != layer.in_channels:
             return _Refused("it is a transposed depthwise convolution with a channel multiplier")
         return _DepthwiseConv()
-    return _Refused(f"it is a convolution with {layer.groups} groups, whose groups would have to stay equal")
+    if transposed:
+        return _Refused(f"it is a transposed convolution with {layer.groups} groups")
+    return _GroupedConv()
 
 
 def _register_builtin_rules() -> None:

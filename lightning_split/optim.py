@@ -13,6 +13,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_strategy",
     "rewrap",
     "shadow_models",
+    "share_buffers",
 ]
 
 Mode = Literal["transfer", "reset"]
@@ -282,6 +284,17 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
             "back to a process where no callback runs; call lightning_split.enable_growth(self) at "
             f"the end of {type(trainer.lightning_module).__name__}.__init__, or use strategy 'ddp'."
         )
+
+
+def share_buffers(trainer: pl.Trainer) -> None:
+    """Give every process the first one's buffers now, as DDP does before its next forward pass.
+
+    Until then each process has BatchNorm statistics of its own data, while a checkpoint has those of
+    the first: measured with its own, a resumed run would grow differently.
+    """
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():
+        model._sync_buffers()
 
 
 def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -150,6 +150,10 @@ class Surgery:
         growth = self._growth.get(id(self._model.get_submodule(path)), {}).get(port)
         return None if growth is None else growth.index
 
+    def port_size(self, path: str, port: Port) -> int:
+        """Number of positions on a port before the growth."""
+        return len(self._arch.ports[path, port].neuron)
+
     # preparation ----------------------------------------------------------------------------------
 
     def _prepare(self) -> None:

@@ -21,7 +21,7 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
-from lightning_split.labels import LabelMode, NeuronTable
+from lightning_split.labels import ChunkMode, LabelMode, NeuronTable
 from lightning_split.layers import (
     LayerRule,
     Port,
@@ -131,7 +131,7 @@ class _Tracer:
         self._count_uses = count_uses
         self._stack = []
         mode = LabelMode(self.table, self._where)
-        with self._hooks(mode), torch.enable_grad(), mode:
+        with self._hooks(mode), torch.enable_grad(), ChunkMode(mode), mode:
             output = run(self.model)
         for tensor in tensors_in(output):
             labels = mode.get(tensor)
@@ -236,9 +236,12 @@ class _Tracer:
             mode.bar([source], f"the {type(module).__name__} '{path}' is not linear in the neurons it reads")
             return
         labels = self._profile(mode, f"'{path}'", rule, module, source)
-        if labels is not None and len(labels) != size:
+        tiles = rule.tiles(module)
+        if labels is not None and len(labels) != tiles * size:
             mode.bar([source], f"the {type(module).__name__} '{path}' reads another number of channels")
             labels = None
+        if labels is not None:
+            labels = mode.merge(labels.view(tiles, size), 0, f"'{path}'")[0]
         self._meet(mode, (path, "in"), labels, size)
 
     def _produce(
@@ -248,6 +251,7 @@ class _Tracer:
         axis = rule.neuron_axis(module, output) % output.ndim
         if key not in self.ports:
             self.ports[key] = torch.from_numpy(self.table.mint(output.shape[axis]))
+            mode.merge(self.ports[key].view(rule.tiles(module), -1), 0, f"'{path}'")
         shape = [1] * output.ndim
         shape[axis] = -1
         mode.set(output, self.ports[key].view(shape).expand(output.shape))

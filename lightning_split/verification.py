@@ -83,9 +83,12 @@ def what_broke(before: Readings, after: Readings, surgery: Surgery, *, compare_o
         if new is None:
             return f"after growth '{path}' is no longer called"
         index = surgery.layout(path, port)
-        old = (
-            read if index is None else (read[0][index.to(read[0].device)], read[1][index.to(read[1].device)])
-        )
+        old = read
+        if index is not None:  # a grouped convolution reads several copies of its port side by side
+            size = surgery.port_size(path, port)
+            tiles = torch.arange(len(read[0]) // size)[:, None] * size
+            index = (tiles + index).flatten().to(read[0].device)
+            old = (read[0][index], read[1][index])
         if len(new[0]) != len(old[0]):
             return (
                 f"after growth '{path}' would read {len(new[0])} channels instead of {len(old[0])} (does the "

@@ -87,6 +87,41 @@ class Gated(nn.Module):
         return self.out(self.left(x) * torch.sigmoid(self.right(x)))
 
 
+class Grouped(nn.Module):
+    """A grouped convolution, a channel shuffle, and a gated unit by chunk: neurons of several channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 1)
+        self.grouped = nn.Conv2d(6, 8, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.mixed = nn.Conv2d(8, 6, 1)
+        self.out = nn.Linear(3 * 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.grouped(torch.sigmoid(self.first(x)))))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        value, gate = self.mixed(x).chunk(2, 1)
+        return self.out(F.adaptive_avg_pool2d(value * torch.sigmoid(gate), 2).flatten(1))
+
+
+class Attention(nn.Module):
+    """Hand-written attention with two heads: values and a gated feed-forward layer can be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.join = nn.Linear(6, 4)
+        self.up, self.down = nn.Linear(4, 10), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = F.layer_norm(x + self.join(y), (4,))
+        return self.down(F.glu(self.up(y), -1)).mean(1)
+
+
 class Shared(nn.Module):
     """One layer called twice on its own output."""
 
@@ -190,6 +225,20 @@ CASES: dict[str, Case] = {
             "squeeze": (("squeeze",), (), ("excite",)),
             "left": (("left", "right"), (), ("out",)),
         },
+    ),
+    "grouped": Case(
+        Grouped,
+        lambda: torch.randn(8, 2, 5, 5),
+        {
+            "first": (("first",), (), ("grouped",)),
+            "grouped": (("grouped",), ("norm",), ("mixed",)),
+            "mixed": (("mixed",), (), ("out",)),
+        },
+    ),
+    "attention": Case(
+        Attention,
+        lambda: torch.randn(8, 5, 4),
+        {"v": (("v",), (), ("join",)), "up": (("up",), (), ("down",))},
     ),
     "shared": Case(Shared, lambda: torch.randn(16, 3), {"first": (("first", "again"), (), ("again", "out"))}),
     "text": Case(
