@@ -47,9 +47,7 @@ _DEPTH = 5  # attributes of attributes: loader.sampler.dataset._sampler.generato
 
 
 @contextmanager
-def quiet(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, *, seed: int | None = 0
-) -> Iterator[None]:
+def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule, *, seed: int | None = 0) -> Iterator[None]:
     """Run the module's own code without the Trainer taking note.
 
     Inside, ``log`` and ``log_dict`` do nothing on any nested LightningModule, the loggers are
@@ -94,9 +92,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _borrowed_generators(
-    roots: Iterable[Any], seed: int | None, *, depth: int = _DEPTH
-) -> Iterator[None]:
+def _borrowed_generators(roots: Iterable[Any], seed: int | None, *, depth: int = _DEPTH) -> Iterator[None]:
     """Restore the state of the generators that objects hold; inside they start from the seed."""
     with ExitStack() as stack:
         for source in _held(roots, _is_generator, depth):
@@ -173,7 +169,8 @@ def training_batches(trainer: pl.Trainer, num: int, *, seed: int) -> list[Any] |
         trainer: A Trainer inside ``fit``.
         num: How many batches; fewer come back if an epoch has fewer. Of several loaders the shorter
             ones are cycled.
-        seed: The same seed draws the same batches, whatever happened before; another draws others.
+        seed: The same seed draws the same batches again, as long as the samplers' own attributes
+            (an epoch number, a list shuffled in place) are the same; another seed draws others.
 
     Returns:
         Different batches in random order, on the CPU, structured as the Trainer's own; ``None`` if
@@ -206,8 +203,7 @@ def training_batches(trainer: pl.Trainer, num: int, *, seed: int) -> list[Any] |
     if not all(columns):
         return None
     return [
-        tree_unflatten([column[i % len(column)] for column in columns], combined._spec)
-        for i in range(count)
+        tree_unflatten([column[i % len(column)] for column in columns], combined._spec) for i in range(count)
     ]
 
 
@@ -221,8 +217,8 @@ def _is_replayable(loader: Any) -> bool:
     init = init.func if isinstance(init, functools.partial) else init
     if loader.num_workers > 0 and init not in (None, pl_worker_init_function):
         return False  # it may open what the data set reads from, in the workers only
-    source = _index_source(loader)
-    return iter(source) is not source if isinstance(source, Iterator) else True
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    return not any(isinstance(sampler, Iterator) for sampler in samplers)  # asking uses it up
 
 
 def _index_source(loader: DataLoader[Any]) -> Any:
@@ -318,7 +314,7 @@ def _copied(value: _Clones) -> Any:
 
 
 def to_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """A batch as ``training_step`` gets it: converted, through the transfer hooks, on the device."""
+    """A batch as ``training_step`` gets it: converted, hooked and on the device."""
     with undisturbed(pl_module, train=None, seed=None):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -328,9 +324,7 @@ def to_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) ->
 # the loss -----------------------------------------------------------------------------------------
 
 
-def step_loss(
-    trainer: pl.Trainer, pl_module: pl.LightningModule
-) -> Callable[[nn.Module, Any], Tensor]:
+def step_loss(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
     """The module's own ``training_step`` as a ``loss_fn(model, batch)``.
 
     Runs under the Trainer's precision and with batch index 0, and returns the loss as it is: not
@@ -346,27 +340,25 @@ def step_loss(
         with trainer.precision_plugin.train_step_context():
             output = step(batch, 0) if takes_index else step(batch)
         loss = output.get("loss") if isinstance(output, dict) else output
-        wrong = None
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            return loss.reshape(())
         if not isinstance(loss, Tensor):
             missing = isinstance(output, dict) and "loss" not in output
             wrong = "a dict without 'loss'" if missing else f"{type(loss).__name__} as its loss"
         elif loss.numel() != 1:
             wrong = f"a loss of shape {tuple(loss.shape)} instead of a scalar"
-        elif not loss.requires_grad:
+        else:
             wrong = "a loss without gradient"
-        if wrong is not None:
-            raise MisconfigurationException(
-                f"{owner}.training_step returned {wrong}, so splitting has nothing to go by; "
-                f"{_ASK_FOR_LOSS_FN}"
-            )
-        return loss.reshape(())
+        raise MisconfigurationException(
+            f"{owner}.training_step returned {wrong}, so splitting has nothing to go by; {_ASK_FOR_LOSS_FN}"
+        )
 
     return loss_fn
 
 
 _ASK_FOR_LOSS_FN = (
-    "pass SplittingCallback(loss_fn=...) with a function loss_fn(pl_module, batch) that returns the "
-    "mean loss."
+    "pass SplittingCallback(loss_fn=...) with a function loss_fn(pl_module, batch) that returns "
+    "the mean loss."
 )
 
 

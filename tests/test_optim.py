@@ -315,6 +315,19 @@ def test_a_parameter_without_state_only_changes_places() -> None:
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in net.parameters()]
 
 
+def test_lbfgs_starts_anew_wherever_it_keeps_its_history() -> None:
+    """Its vectors over all parameters lie with the first one, which need not have grown."""
+    net, x = mlp(), torch.randn(16, 3)
+    optimizer = MAKERS["LBFGS"]([net[2].bias, net[2].weight, net[0].weight, net[0].bias])
+    stepped(net, optimizer, x)
+    assert optimizer.state[net[2].bias]["n_iter"] > 0
+    carry_state(optimizer, split(net, (0.5, 0.5)))
+    assert not optimizer.state
+    before = loss_of(net, x).item()
+    stepped(net, optimizer, x)
+    assert loss_of(net, x).item() < before
+
+
 def test_an_optimizer_without_the_parameter_is_left_alone() -> None:
     """An LBFGS of other parameters keeps its history."""
     net, other, x = mlp(), mlp(), torch.randn(4, 3)
