@@ -255,7 +255,7 @@ class SplittingCallback(pl.Callback):
 
     def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
-        with quiet(trainer, pl_module):
+        with quiet(trainer, pl_module, seed=self._growth_seed):
             arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
         try:
             chosen = select_groups(arch, self.include, self.exclude)
@@ -266,16 +266,21 @@ class SplittingCallback(pl.Callback):
             self.lineage = Lineage.start(chosen.widths)
         self._buffering = self._replayed(trainer, 1) is None
 
+    @property
+    def _growth_seed(self) -> int:
+        """Another one for every growth, the same after a resume."""
+        return self.seed + len(self.history)
+
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
         return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
 
     def _replayed(self, trainer: pl.Trainer, count: int) -> list[Any] | None:
-        return training_batches(trainer, count, seed=self.seed + len(self.history))
+        return training_batches(trainer, count, seed=self._growth_seed)
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any] | None:
         """Training batches on the device, or ``None`` if there are not enough yet."""
         count = self.num_batches + self.confirm_batches
-        with quiet(trainer, pl_module):
+        with quiet(trainer, pl_module, seed=self._growth_seed):
             batches = self._replayed(trainer, count)
             if batches is not None:
                 return [to_device(trainer, pl_module, batch) for batch in batches]
@@ -289,7 +294,7 @@ class SplittingCallback(pl.Callback):
             half = (len(batches) + 1) // 2
             batches, fresh = batches[:half], batches[half:] or None
         share_buffers(trainer)
-        with quiet(trainer, pl_module):
+        with quiet(trainer, pl_module, seed=self._growth_seed):
             report = grow(
                 pl_module,
                 batches[: self.num_batches],
@@ -303,7 +308,7 @@ class SplittingCallback(pl.Callback):
                 barred=self.barred,
                 max_params=self.max_params,
                 max_macs=self.max_macs,
-                seed=self.seed + len(self.history),
+                seed=self._growth_seed,
                 ranks=TrainerRanks(trainer),
             )
         if report.splits:

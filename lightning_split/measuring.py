@@ -89,6 +89,7 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, deque)
 
 
 @contextmanager
@@ -96,18 +97,34 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Let code write to a module's own attributes, and undo it."""
     attributes = vars(module)
     before = {name: value for name, value in attributes.items() if name not in _INTERNAL}
-    contents = {name: copy(v) for name, v in before.items() if type(v) in (list, dict, set, deque)}
+    contents = [saved for value in before.values() for saved in _contents(value)]
+    # Some layers write to their own weights in the forward pass: embeddings with max_norm.
+    rescaled = [] if before.get("max_norm") is None else list(module.parameters(recurse=False))
+    weights = [p.detach().clone() for p in rescaled]
     for name, value in before.items():
         if isinstance(value, Tensor) and not value.requires_grad:
             attributes[name] = value.clone()  # metric states are added to in place
+        elif isinstance(value, np.ndarray):
+            attributes[name] = value.copy()
     try:
         yield
     finally:
         for name in [n for n in attributes if n not in before and n not in _INTERNAL]:
             del attributes[name]
         attributes.update(before)
-        for name, content in contents.items():
-            _refill(before[name], content)
+        for container, content in contents:
+            _refill(container, content)
+        with torch.no_grad():
+            for p, weight in zip(rescaled, weights, strict=True):
+                p.copy_(weight)
+
+
+def _contents(value: Any) -> list[tuple[Any, Any]]:
+    """Every container in a value, itself included, with a copy of what it holds."""
+    if type(value) not in _CONTAINERS:
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return [(value, copy(value)), *(saved for item in inner for saved in _contents(item))]
 
 
 def _refill(container: Any, content: Any) -> None:

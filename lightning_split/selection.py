@@ -8,6 +8,7 @@ the candidates.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -281,7 +282,7 @@ class _Knapsack:
         # Tolerances of HiGHS are absolute, 1e-6: in these units they are 1e-9 of the largest gain
         # and of the budget.
         largest = max(c.gain for c in items)
-        self.unit = largest / 1e3
+        self.unit = max(largest / 1e3, sys.float_info.min)
         self.objective = np.array([-c.gain / self.unit for c in items])
         self.rows = [{i: 1e3 * c.cost / budget for i, c in enumerate(items)}]
         self.limits = [1e3]
