@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import re
 import struct
 import sys
 from pathlib import Path
@@ -104,3 +105,18 @@ def test_image_folders_and_torchvision_models_work(tmp_path: Path) -> None:
          "--out", str(tmp_path / "runs")]
     )  # fmt: skip
     assert result["growths"] == 1
+
+
+def test_the_readme_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's code works on a user's model and loader (for fewer epochs)."""
+    from modules import Classifier, loader
+
+    text = (EXAMPLES.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "max_epochs=100" in code
+    monkeypatch.chdir(tmp_path)
+    model = Classifier()
+    before = sum(p.numel() for p in model.parameters())
+    shorter = code.replace("max_epochs=100", "max_epochs=6").replace("min_delta=0.01", "min_delta=10.0")
+    exec(shorter, {"model": model, "loader": loader()})
+    assert sum(p.numel() for p in model.parameters()) > before
