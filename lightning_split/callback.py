@@ -21,6 +21,7 @@ from lightning_split.growth import GrowthReport, grow, select_groups
 from lightning_split.lineage import Lineage
 from lightning_split.optim import (
     TrainerRanks,
+    averaging_done,
     carry_all,
     refuse_optimizers,
     refuse_strategy,
@@ -155,7 +156,8 @@ class SplittingCallback(pl.Callback):
         self.history: list[dict[str, Any]] = []
         self.lineage = Lineage()
         self.barred: dict[str, str] = {}
-        self._last_value: float | None = None  # of the monitored metric, for a resume
+        self._last_value: float | None = None  # of the monitored metric, unobserved when the run was saved
+        self._seen: Tensor | None = None  # the monitored metric when the trigger looked last
         self._observed_epoch = -1
         self._buffer = BatchBuffer(num_batches + confirm_batches)
         self._buffering = False
@@ -217,12 +219,11 @@ class SplittingCallback(pl.Callback):
         monitor, finished = self.trigger.monitor, trainer.current_epoch - 1
         if monitor is None or finished < 0 or finished <= self._observed_epoch:
             return
-        metric = trainer.callback_metrics.get(monitor)
         # Logged without sync_dist it differs between processes, which must grow at the same time.
-        value = TrainerRanks(trainer).agree(None if metric is None else float(metric))
-        if value is not None:
-            self._last_value = value
-        elif self._last_value is None:
+        value = TrainerRanks(trainer).agree(self._unobserved(trainer))
+        self._seen = trainer.callback_metrics.get(monitor)
+        self._last_value = None
+        if value is None and self._observed_epoch < 0:
             interval = trainer.check_val_every_n_epoch or 1
             if finished + 1 >= interval:
                 known = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "none"
@@ -232,10 +233,19 @@ class SplittingCallback(pl.Callback):
                 )
             return
         self._observed_epoch = finished
-        self.trigger.observe(self._last_value, epoch=finished, step=trainer.global_step)
+        self.trigger.observe(value, epoch=finished, step=trainer.global_step)
+
+    def _unobserved(self, trainer: pl.Trainer) -> float | None:
+        """The monitored metric, if it was logged since the trigger looked last."""
+        metric = trainer.callback_metrics.get(self.trigger.monitor or "")
+        if metric is None:
+            return self._last_value
+        # Lightning keeps the last value of what is not logged in every epoch, detached for every caller.
+        stale = self._seen is not None and metric.data_ptr() == self._seen.data_ptr()
+        return None if stale else float(metric)
 
     def _grow_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or self._exhausted():
+        if trainer.sanity_checking or averaging_done(trainer) or self._exhausted():
             return
         epoch, step = trainer.current_epoch, trainer.global_step
         if not self.trigger.due(epoch=epoch, step=step):
@@ -377,10 +387,9 @@ class SplittingCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # The next epoch will look at this value, but a resumed Trainer has forgotten it.
-        value = trainer.callback_metrics.get(self.trigger.monitor or "")
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if value is not None and state is not None:
-            state["last_value"] = float(value)
+        if state is not None:
+            state["last_value"] = self._unobserved(trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,7 @@ from lightning_split.surgery import AxisMap, Replacement
 
 __all__ = [
     "TrainerRanks",
+    "averaging_done",
     "carry_all",
     "carry_state",
     "check_trained",
@@ -322,6 +324,15 @@ def shadow_models(trainer: pl.Trainer) -> list[nn.Module]:
         if isinstance(shadow, nn.Module):
             found.append(shadow.module if isinstance(shadow, AveragedModel) else shadow)
     return found
+
+
+def averaging_done(trainer: pl.Trainer) -> bool:
+    """Whether SWA has put its average in the module, for an extra epoch that only updates BatchNorm.
+
+    What grew in there would be measured without BatchNorm's statistics, and never be trained.
+    """
+    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return any(trainer.current_epoch > c.swa_end for c in averaging)
 
 
 class TrainerRanks(Ranks):
