@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import enable_growth
 from lightning_split.growers import Grower, SteepestSplitting
-from lightning_split.growth import GrowthReport, grow, select_groups
+from lightning_split.growth import GrowthReport, NothingToSplitError, grow, select_groups
 from lightning_split.lineage import Lineage
 from lightning_split.optim import (
     TrainerRanks,
@@ -253,7 +253,13 @@ class SplittingCallback(pl.Callback):
         batches = self._batches(trainer, pl_module)
         if batches is None:
             return  # the buffer is filling; due stays due
-        report = self._grow(trainer, pl_module, batches)
+        try:
+            report = self._grow(trainer, pl_module, batches)
+        except NothingToSplitError as error:
+            if not error.frozen:
+                raise
+            self.trigger.fired(epoch=epoch, step=step)  # look again when the trigger says so again
+            return
         self.trigger.fired(epoch=epoch, step=step)
         self._record(trainer, pl_module, report)
 
@@ -268,12 +274,14 @@ class SplittingCallback(pl.Callback):
         with quiet(trainer, pl_module, seed=self._growth_seed):
             arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
         try:
-            chosen = select_groups(arch, self.include, self.exclude)
+            widths = select_groups(arch, self.include, self.exclude).widths
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
+            if not (isinstance(error, NothingToSplitError) and error.frozen):
+                raise MisconfigurationException(str(error)) from None
+            widths = {}  # a finetuning callback may thaw the network later
         self._traced = True
         if not self.history:
-            self.lineage = Lineage.start(chosen.widths)
+            self.lineage = Lineage.start(widths)
         self._buffering = self._replayed(trainer, 1) is None
 
     @property

@@ -23,7 +23,7 @@ from lightning_split.surgery import Replacement, Split, Surgery
 from lightning_split.tracing import trace_step
 from lightning_split.verification import Readings, readings, what_broke
 
-__all__ = ["GrowthReport", "grow", "select_groups"]
+__all__ = ["GrowthReport", "NothingToSplitError", "grow", "select_groups"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,14 @@ class GrowthReport:
             lines.append(self.limit)
         lines += [f"'{name}' was left alone: {why}." for name, why in self.barred.items()]
         return "\n".join(lines)
+
+
+class NothingToSplitError(ValueError):
+    """The network has layers, and not one of their neurons can be split now."""
+
+    def __init__(self, message: str, *, frozen: bool) -> None:
+        super().__init__(message)
+        self.frozen = frozen  # some only because their weights are frozen, which may change
 
 
 def grow(
@@ -245,7 +253,10 @@ def select_groups(
         )
     if not arch.groups:
         reasons = "; ".join(f"'{u.name}': {u.reason}" for u in arch.unsplittable[:5])
-        raise ValueError(f"No neuron of this network can be split ({reasons}).")
+        raise NothingToSplitError(
+            f"No neuron of this network can be split ({reasons}).",
+            frozen=any("is frozen" in u.reason for u in arch.unsplittable),
+        )
     kept = [
         g
         for g in arch.groups

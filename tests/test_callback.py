@@ -40,7 +40,7 @@ def _widths(module: Classifier) -> tuple[int, int]:
     return module.net[0].out_channels, module.net[5].out_features
 
 
-def _fit(tmp_path: Path, callback: SplittingCallback, *others: pl.Callback, **options: Any) -> Classifier:
+def _fit(tmp_path: Path, callback: pl.Callback, *others: pl.Callback, **options: Any) -> Classifier:
     pl.seed_everything(0, verbose=False)
     module = Classifier()
     trainer(tmp_path, callback, *others, **options).fit(module, loader())
@@ -364,3 +364,16 @@ def test_a_second_fit_goes_on_growing(tmp_path: Path) -> None:
     t.fit_loop.max_epochs = 4
     t.fit(module, loader())
     assert [e["epoch"] for e in callback.history] == [1, 2, 3]
+
+
+def test_a_frozen_network_waits_until_it_is_thawed(tmp_path: Path) -> None:
+    """If all neurons are frozen nothing is refused, because a finetuning callback may thaw them later."""
+
+    class Thaw(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            module.net[:6].requires_grad_(trainer.current_epoch >= 2)
+
+    callback = _callback()
+    module = _fit(tmp_path, Thaw(), callback, max_epochs=4)
+    assert [e["epoch"] for e in callback.history] == [2, 3]
+    assert sum(_widths(module)) > 11
