@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["ChunkMode", "LabelMode", "NeuronTable"]
@@ -337,7 +337,14 @@ def _pointwise(
                 for o in outputs:
                     mode.set(o, None)
                 return
-    labels = labelled[0][1].expand(shape)
+    spread = []  # a map of one channel that weighs all others (spatial attention): it stays one channel
+    for t, lab in labelled:
+        sizes = [1] * (len(shape) - t.ndim) + list(t.shape)
+        if any(v and s == 1 < n for v, s, n in zip(vary, sizes, shape, strict=True)):
+            spread.append((t, lab))
+    mode.bar((t for t, _ in spread), f"{name} spreads them along other neurons, so that they cannot be more")
+    labelled = [pair for pair in labelled if not any(pair[0] is t for t, _ in spread)]
+    labels = labelled[0][1].expand(shape) if labelled else torch.full((), FIXED).expand(shape)
     for _, other in labelled[1:]:
         labels = mode.unify(labels, other, name)
     for o in outputs:
@@ -352,7 +359,8 @@ def _move(
     if labels is None:
         _barrier(mode, func, name, args, kwargs, inputs, out)
         return
-    moved = func(labels, *args[1:], **kwargs)
+    rest = tree_map_only(Tensor, lambda t: t.to(labels.device), tuple(args[1:]))  # indices
+    moved = func(labels, *rest, **kwargs)
     for o, m in zip(_tensors(out), _tensors(moved), strict=True):
         mode.set(o, m)
 
@@ -469,6 +477,22 @@ def _attention(
             mode.bar(args[2:3], "attention mixes the positions along which these neurons lie")
         else:
             mode.set(_tensors(out)[0], values.narrow(-2, 0, 1).expand(_tensors(out)[0].shape))
+
+
+def _index(
+    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
+) -> None:
+    """Picking samples or positions moves labels too; picking neurons, or by neurons' values, does not."""
+    labels = mode.get(args[0])
+    followed = labels is not None and all(mode.get(t) is None for t in inputs[1:])
+    if labels is not None:
+        vary, axis = mode.varying(labels), 0
+        for picked in args[1]:
+            mask = picked is not None and picked.dtype in (torch.bool, torch.uint8)
+            width = picked.ndim if mask else 1  # a mask stands for as many axes as it has
+            followed = followed and not (picked is not None and any(vary[axis : axis + width]))
+            axis += width
+    (_move if followed else _barrier)(mode, func, name, args, kwargs, inputs, out)
 
 
 def _repeat(
@@ -638,6 +662,7 @@ _register(_reshape, "view", "_unsafe_view", "reshape", "_reshape_alias")
 _register(_cut(1), "slice", "select", "unbind", "index_select", "flip", "unfold")
 _register(_cut(2), "split", "split_with_sizes", "roll")
 _register(_repeat, "repeat")
+_register(_index, "index")
 _register(_glu, "glu")
 _register(
     _attention,

@@ -43,9 +43,9 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
 
     The model is called as ``model(*inputs, **kwargs)`` in the mode that it is in and, if that works, in
     the other mode too, so that branches used only in training are seen. Then one neuron of every group
-    is really split, without displacement, and every layer must read what it read before, with the split
-    channels doubled; groups that fail are reported with the reason. The model and the random state are
-    left as they were.
+    is really split, into copies and into itself and an offspring of weight zero, and every layer must read
+    what it read before, with the split channels doubled; groups that fail are reported with the reason.
+    The model and the random state are left as they were.
 
     Args:
         model: Any ``nn.Module``.
@@ -59,7 +59,7 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     Raises:
         ValueError: If the model has lazy layers that were not yet initialised.
 
-    Cost: about five forward passes.
+    Cost: about seven forward passes.
     """
     return _trace(
         model,

@@ -1,10 +1,15 @@
-"""Proof by trial: after widening, every layer must read what it read before, with split channels doubled."""
+"""Proof by trial: after widening, every layer must read what it read before, with split channels doubled.
+
+Copies alone do not show which of two offspring stands where, so a second trial splits into the neuron itself
+and a *ghost*: an offspring of weight zero with other incoming weights, which nobody may notice.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup
-from lightning_split.layers import Port, rule_for
+from lightning_split.layers import Port, keeps_batch_statistics, rule_for
 from lightning_split.measuring import tensors_in, undisturbed
 from lightning_split.surgery import Split, Surgery
 
@@ -75,12 +80,31 @@ def _read(rows: Tensor) -> Read:
     return flat @ probe, flat.norm(dim=1)
 
 
-def what_broke(before: Readings, after: Readings, surgery: Surgery, *, compare_outputs: bool) -> str | None:
-    """The first place where the widened network reads something else, as a reason; ``None`` if none."""
+def what_broke(
+    before: Readings,
+    after: Readings,
+    surgery: Surgery,
+    *,
+    compare_outputs: bool,
+    compare_values: bool = True,
+    ghosts: bool = False,
+) -> str | None:
+    """The first place where the widened network reads something else, as a reason; ``None`` if none.
+
+    Args:
+        before: The readings before growth.
+        after: The same after it.
+        surgery: The growth.
+        compare_outputs: Whether the outputs' values count.
+        compare_values: Whether any values count, or only sizes (a run with random dropout, say).
+        ghosts: Whether only the first offspring of each neuron carries the neuron's values.
+    """
     for key, read in before.calls.items():
         path, port, _ = key
         new = after.calls.get(key)
         if new is None:
+            if not compare_values:
+                continue  # layers that are dropped at random
             return f"after growth '{path}' is no longer called"
         index = surgery.layout(path, port)
         old = read
@@ -94,11 +118,15 @@ def what_broke(before: Readings, after: Readings, surgery: Surgery, *, compare_o
                 f"after growth '{path}' would read {len(new[0])} channels instead of {len(old[0])} (does the "
                 "forward pass hard-code a size?)"
             )
-        if not _agree(old, new):
+        if ghosts and index is not None:  # the first of equal positions is the neuron itself
+            first = torch.ones(len(index), dtype=torch.bool, device=index.device)
+            first[1:] = index[1:] > index.cummax(0).values[:-1]
+            old, new = (old[0][first], old[1][first]), (new[0][first], new[1][first])
+        if compare_values and not _agree(old, new):
             return f"after growth '{path}' would no longer read the same values in the same places"
     if before.shapes != after.shapes:
         return "after growth the output has another shape"
-    if compare_outputs:
+    if compare_outputs and compare_values:
         for old, new in zip(before.outputs, after.outputs, strict=True):
             if not _agree(old, new):
                 return "after growth the output has other values"
@@ -117,28 +145,48 @@ def _agree(old: Read, new: Read) -> bool:
 def verified(model: nn.Module, arch: Architecture, run: Run, *, compare_outputs: bool = True) -> Architecture:
     """The architecture, less the groups whose neurons do not survive a real split.
 
-    One neuron of every group is split without displacement, all at once; only if that fails are the
-    culprits searched by halving. Costs two forward passes if all is well. The model is left as it was.
+    One neuron of every group is split, all at once: into copies, into itself and a ghost, and into copies in
+    training mode, whose branches may fix other sizes (values are random there, so only sizes count). Only if
+    that fails are the culprits searched by halving. Costs five forward passes if all is well. The model is
+    left as it was.
     """
     if not arch.groups:
         return arch
-    with undisturbed(model, train=False):
-        before = readings(model, arch, run)
+    with _mode(model, train=False):
+        expected = {False: readings(model, arch, run)}
+    try:
+        with _mode(model, train=True):
+            expected[True] = readings(model, arch, run)
+    except Exception:
+        pass  # training mode may need other inputs (targets, say): then it is not part of this contract
 
     def trial(groups: Sequence[ChannelGroup]) -> str | None:
-        splits = [_trial_split(group) for group in groups]
-        with undisturbed(model, train=False):
-            surgery = Surgery(model, splits, arch)
-            surgery.apply()
-            try:
-                after = readings(model, arch, run)
-            except Exception as error:
-                # The user's forward pass failed at the new width; whatever it raised is the reason.
-                first = str(error).strip().splitlines() or [type(error).__name__]
-                return f"after growth the forward pass fails: {first[0]}"
-            finally:
-                surgery.revert()
-        return what_broke(before, after, surgery, compare_outputs=compare_outputs)
+        for train, ghosts in ((False, False), (False, True), (True, False)):
+            before = expected.get(train)
+            if before is None:
+                continue
+            splits = [_trial_split(model, group, ghosts) for group in groups]
+            with _mode(model, train=train):
+                surgery = Surgery(model, splits, arch)
+                surgery.apply()
+                try:
+                    surgery.displace()
+                    after = readings(model, arch, run)
+                except Exception as error:
+                    # The user's forward pass failed at the new width; whatever it raised is the reason.
+                    first = str(error).strip().splitlines() or [type(error).__name__]
+                    return f"after growth the forward pass fails: {first[0]}"
+                finally:
+                    surgery.revert()
+            why = what_broke(
+                *(before, after, surgery),
+                compare_outputs=compare_outputs,
+                compare_values=not train,
+                ghosts=ghosts,
+            )
+            if why is not None:
+                return why
+        return None
 
     reasons: dict[str, str] = {}
 
@@ -157,6 +205,24 @@ def verified(model: nn.Module, arch: Architecture, run: Run, *, compare_outputs:
     return arch.without(reasons) if reasons else arch
 
 
-def _trial_split(group: ChannelGroup) -> Split:
+@contextmanager
+def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
+    with undisturbed(model, train=train):
+        for layer in model.modules():
+            if keeps_batch_statistics(layer):
+                layer.eval()  # one sample per channel is too few for statistics
+        yield
+
+
+def _trial_split(model: nn.Module, group: ChannelGroup, ghost: bool) -> Split:
     """A split in the middle of the group, whose unequal weights would not hide a wrong column."""
-    return Split(group.name, (group.width - 1) // 2, (2.0, -1.0), torch.zeros(2, group.dim))
+    neuron = (group.width - 1) // 2
+    if not ghost:
+        return Split(group.name, neuron, (2.0, -1.0), torch.zeros(2, group.dim))
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for block in group.theta:
+        size = float(model.get_submodule(block.module).get_parameter(block.tensor).detach().abs().mean())
+        size = size + 1e-2 if math.isfinite(size) else 1.0
+        parts.append(size * torch.randn(block.size, generator=generator))
+    return Split(group.name, neuron, (1.0, 0.0), torch.stack([torch.zeros(group.dim), torch.cat(parts)]))
