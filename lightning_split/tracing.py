@@ -31,6 +31,7 @@ from lightning_split.layers import (
     rule_for,
 )
 from lightning_split.measuring import tensors_in, undisturbed
+from lightning_split.operators import handler_of
 from lightning_split.verification import verified
 
 __all__ = ["trace", "trace_step"]
@@ -130,7 +131,7 @@ class _Tracer:
     def run(self, run: Callable[[nn.Module], Any], output_reason: str, *, count_uses: bool = True) -> None:
         self._count_uses = count_uses
         self._stack = []
-        mode = LabelMode(self.table, self._where)
+        mode = LabelMode(self.table, self._where, handler_of)
         with self._hooks(mode), torch.enable_grad(), ChunkMode(mode), mode:
             output = run(self.model)
         for tensor in tensors_in(output):
