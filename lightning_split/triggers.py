@@ -13,8 +13,9 @@ class Trigger(ABC):
     """Decides when a growth is due; the seam for a schedule of your own.
 
     A growth is *due* until it has happened: a trigger must not rely on being asked at one certain
-    moment, because a resumed run may skip it. Its state must consist of numbers, strings, booleans
-    and ``None``.
+    moment, because a resumed run may skip it. On several processes it must decide alike on all of
+    them: the monitored value is the first process's, a wall clock is not. Its state must consist of
+    numbers, strings, booleans and ``None``.
     """
 
     monitor: str | None = None  # name of the logged metric that observe() wants to see

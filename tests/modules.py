@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from lightning_split import Every, SplittingCallback, TopK
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -125,6 +126,23 @@ class Nasty(Classifier):
         self.steps += 1
         self.last = logits.detach()
         return {"loss": loss, "extra": logits}
+
+
+def two_splits(**options: Any) -> SplittingCallback:
+    """A callback that splits two neurons at the start of every epoch but the first."""
+    defaults: dict[str, Any] = {
+        "trigger": Every(1),
+        "strategy": TopK(count=2),
+        "num_batches": 2,
+        "confirm_batches": 1,
+        "verbose": False,
+    }
+    return SplittingCallback(**(defaults | options))
+
+
+def widths(module: Classifier) -> tuple[int, int]:
+    """Neurons of the two hidden layers."""
+    return module.net[0].out_channels, module.net[5].out_features
 
 
 def csv_logger(path: Path) -> CSVLogger:

@@ -22,22 +22,7 @@ from lightning_split import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from modules import Classifier, Validated, assert_same, images, loader, trainer
-
-
-def _callback(**options: Any) -> SplittingCallback:
-    defaults: dict[str, Any] = {
-        "trigger": Every(1),
-        "strategy": TopK(count=2),
-        "num_batches": 2,
-        "confirm_batches": 1,
-        "verbose": False,
-    }
-    return SplittingCallback(**(defaults | options))
-
-
-def _widths(module: Classifier) -> tuple[int, int]:
-    return module.net[0].out_channels, module.net[5].out_features
+from modules import Classifier, Validated, assert_same, images, loader, trainer, two_splits, widths
 
 
 def _fit(tmp_path: Path, callback: pl.Callback, *others: pl.Callback, **options: Any) -> Classifier:
@@ -60,9 +45,9 @@ def test_the_network_grows_and_goes_on_training(tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             moved.extend(not torch.equal(p, self.before[n]) for n, p in module.named_parameters())
 
-    callback = _callback()
+    callback = two_splits()
     module = _fit(tmp_path, callback, Watch())
-    assert sum(_widths(module)) == 3 + 8 + 3 * 2
+    assert sum(widths(module)) == 3 + 8 + 3 * 2
     assert [e["epoch"] for e in callback.history] == [1, 2, 3]
     assert [e["step"] for e in callback.history] == [3, 6, 9]
     assert len(moved) == 12 * 8
@@ -90,7 +75,7 @@ def test_growth_starts_when_the_loss_stops_falling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_step_triggers_grow_between_optimizer_steps_only(tmp_path: Path, accumulate: int) -> None:
     """A growth in mid-epoch waits for the boundary at which Lightning zeroes the gradients."""
-    callback = _callback(trigger=Every(2, "step"), max_growths=2)
+    callback = two_splits(trigger=Every(2, "step"), max_growths=2)
     starts: list[int] = []
 
     class Watch(pl.Callback):
@@ -121,7 +106,7 @@ def test_optimizer_moments_and_schedule_survive_a_growth(tmp_path: Path) -> None
         def __init__(self, when: str) -> None:
             self.when = when
 
-    callback = _callback(include=["net.5"], strategy=TopK(count=1))
+    callback = two_splits(include=["net.5"], strategy=TopK(count=1))
     pl.seed_everything(0, verbose=False)
     module = Classifier()
     callbacks = (Watch("before"), callback, Watch("after"))
@@ -144,10 +129,10 @@ def test_reset_and_restart_start_anew(tmp_path: Path) -> None:
                 state = trainer.optimizers[0].state
                 assert module.net[5].weight not in state or not state[module.net[5].weight]
 
-    callback = _callback(optimizer_state="reset", lr_schedule="restart", strategy=TopK(fraction=0.9))
+    callback = two_splits(optimizer_state="reset", lr_schedule="restart", strategy=TopK(fraction=0.9))
     module = _fit(tmp_path, callback, Watch(), max_epochs=3)
     assert rates == [0.01, 0.01, 0.01]
-    assert sum(_widths(module)) > 11
+    assert sum(widths(module)) > 11
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -157,7 +142,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, average: str | None
 
     def run(folder: Path, resume: str | None = None) -> tuple[Classifier, SplittingCallback]:
         pl.seed_everything(0 if resume is None else 99, verbose=False)
-        module, splitting = Classifier(), _callback(trigger=Plateau("train_loss", patience=1, min_delta=0.5))
+        module, splitting = Classifier(), two_splits(trigger=Plateau("train_loss", patience=1, min_delta=0.5))
         ema = [EMAWeightAveraging(decay=0.9, update_every_n_steps=1)] if average else []
         save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
         order = [*ema, splitting] if average == "before" else [splitting, *ema]
@@ -177,7 +162,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, average: str | None
 def test_checkpoints_load_without_the_callback(tmp_path: Path) -> None:
     """load_grown, weights_only loading, and testing an earlier, smaller checkpoint."""
     save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
-    callback = _callback()
+    callback = two_splits()
     pl.seed_everything(0, verbose=False)
     module = Validated()
     t = trainer(tmp_path, callback, save, enable_checkpointing=True)
@@ -185,23 +170,23 @@ def test_checkpoints_load_without_the_callback(tmp_path: Path) -> None:
     last = str(tmp_path / "epoch=3.ckpt")
     torch.load(last, weights_only=True)
     grown = load_grown(Validated, last)
-    assert _widths(grown) == _widths(module)
+    assert widths(grown) == widths(module)
     x = images().tensors[0]
     with torch.no_grad():
         torch.testing.assert_close(grown.eval().net(x), module.eval().net(x), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="size mismatch"):
         Validated.load_from_checkpoint(last)
     t.validate(module, loader(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
-    assert _widths(module) == (3, 8)
+    assert widths(module) == (3, 8)
 
 
 def test_growth_stops_at_its_limits(tmp_path: Path) -> None:
     """max_growths, max_params and max_macs hold for the whole run."""
-    callback = _callback(max_growths=2)
+    callback = two_splits(max_growths=2)
     _fit(tmp_path, callback)
     assert len(callback.history) == 2
     size = sum(p.numel() for p in Classifier().parameters())
-    callback = _callback(max_params=size + 60, strategy=TopK(fraction=0.9))
+    callback = two_splits(max_params=size + 60, strategy=TopK(fraction=0.9))
     module = _fit(tmp_path, callback, max_epochs=5)
     assert size < sum(p.numel() for p in module.parameters()) <= size + 60
     assert all(e["params"] <= size + 60 for e in callback.history)
@@ -210,7 +195,7 @@ def test_growth_stops_at_its_limits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", [TopK(fraction=0.5), Threshold(-1e-6, max_count=3), KnapsackEnergy(0.2)])
 def test_strategies_plug_in(tmp_path: Path, strategy: Any) -> None:
     """Every built-in strategy grows a real run; the knapsack spends at most its share of the MACs."""
-    callback = _callback(strategy=strategy, max_growths=1)
+    callback = two_splits(strategy=strategy, max_growths=1)
     _fit(tmp_path, callback, max_epochs=2)
     (report,) = callback.reports
     assert report.splits
@@ -226,11 +211,11 @@ def test_iterable_data_sets_use_the_last_batches(tmp_path: Path) -> None:
             data = images()
             return (data[i] for i in range(len(data)))
 
-    callback = _callback(num_batches=3, confirm_batches=2)
+    callback = two_splits(num_batches=3, confirm_batches=2)
     module = Classifier()
     trainer(tmp_path, callback, max_epochs=3).fit(module, DataLoader(Stream(), 16))
     assert next(e["step"] for e in callback.history) == 4
-    assert sum(_widths(module)) > 11
+    assert sum(widths(module)) > 11
 
 
 def test_the_module_can_be_a_whole_zoo_of_precisions(tmp_path: Path) -> None:
@@ -240,7 +225,7 @@ def test_the_module_can_be_a_whole_zoo_of_precisions(tmp_path: Path) -> None:
         ("bf16-true", torch.bfloat16),
         ("64-true", torch.float64),
     ):
-        callback = _callback()
+        callback = two_splits()
         module = _fit(tmp_path, callback, max_epochs=2, precision=precision)
         assert len(callback.history) == 1, precision
         assert callback.history[0]["num_splits"] == 2
@@ -262,8 +247,8 @@ def test_manual_optimization_grows_with_a_loss_function(tmp_path: Path) -> None:
             optimizer.step()
 
     with pytest.raises(MisconfigurationException, match="manual optimization.*loss_fn="):
-        trainer(tmp_path, _callback()).fit(Manual(), loader())
-    callback = _callback(loss_fn=lambda m, b: nn.functional.cross_entropy(m.net(b[0]), b[1]))
+        trainer(tmp_path, two_splits()).fit(Manual(), loader())
+    callback = two_splits(loss_fn=lambda m, b: nn.functional.cross_entropy(m.net(b[0]), b[1]))
     module = Manual()
     trainer(tmp_path, callback).fit(module, loader())
     assert len(callback.history) == 3
@@ -279,9 +264,9 @@ def test_a_hard_coded_width_is_left_alone_from_then_on(tmp_path: Path) -> None:
             self.log("train_loss", loss)
             return loss
 
-    callback, module = _callback(), LeNet()
+    callback, module = two_splits(), LeNet()
     trainer(tmp_path, callback).fit(module, loader())
-    assert _widths(module) == (3, 14)
+    assert widths(module) == (3, 14)
     reasons = {u.name: u.reason for u in callback.reports[0].architecture.unsplittable}
     assert "after growth" in reasons["net.0"]
 
@@ -323,20 +308,20 @@ def test_misuse_gets_one_sentence(
     net = module()
     widths = [p.shape for p in net.parameters()]
     with pytest.raises((MisconfigurationException, ValueError), match=message):
-        trainer(tmp_path, _callback(**options)).fit(net, loader())
+        trainer(tmp_path, two_splits(**options)).fit(net, loader())
     assert [p.shape for p in net.parameters()] == widths
 
 
 def test_a_callback_belongs_to_one_module_and_a_trainer_to_one_callback(tmp_path: Path) -> None:
     """Using a callback twice, or two of them at once, is refused before anything happens."""
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `SplittingCallback`"):
-        trainer(tmp_path, _callback(), _callback())  # Lightning's own refusal
-    callback = _callback()
+        trainer(tmp_path, two_splits(), two_splits())  # Lightning's own refusal
+    callback = two_splits()
     _fit(tmp_path, callback, max_epochs=2)
     with pytest.raises(MisconfigurationException, match="already belongs to another module"):
         trainer(tmp_path, callback).fit(Classifier(), loader())
     with pytest.raises(MisconfigurationException, match="ModelPruning"):
-        trainer(tmp_path, _callback(), ModelPruning("l1_unstructured")).fit(Classifier(), loader())
+        trainer(tmp_path, two_splits(), ModelPruning("l1_unstructured")).fit(Classifier(), loader())
 
 
 @pytest.mark.parametrize(
@@ -358,7 +343,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_a_second_fit_goes_on_growing(tmp_path: Path) -> None:
     """The same Trainer, module and callback may fit again."""
-    callback, module = _callback(), Classifier()
+    callback, module = two_splits(), Classifier()
     t = trainer(tmp_path, callback, max_epochs=2)
     t.fit(module, loader())
     t.fit_loop.max_epochs = 4
@@ -373,7 +358,7 @@ def test_a_frozen_network_waits_until_it_is_thawed(tmp_path: Path) -> None:
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             module.net[:6].requires_grad_(trainer.current_epoch >= 2)
 
-    callback = _callback()
+    callback = two_splits()
     module = _fit(tmp_path, Thaw(), callback, max_epochs=4)
     assert [e["epoch"] for e in callback.history] == [2, 3]
-    assert sum(_widths(module)) > 11
+    assert sum(widths(module)) > 11

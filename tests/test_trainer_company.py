@@ -32,24 +32,19 @@ from lightning_split import Every, Lanczos, Plateau, SplittingCallback, Steepest
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from modules import Classifier, Validated, assert_same, csv_logger, images, loader, trainer
+from modules import (
+    Classifier,
+    Validated,
+    assert_same,
+    csv_logger,
+    images,
+    loader,
+    trainer,
+    two_splits,
+    widths,
+)
 
 ROOT = Path(__file__).parents[1]
-
-
-def _callback(**options: Any) -> SplittingCallback:
-    defaults: dict[str, Any] = {
-        "trigger": Every(1),
-        "strategy": TopK(count=2),
-        "num_batches": 2,
-        "confirm_batches": 1,
-        "verbose": False,
-    }
-    return SplittingCallback(**(defaults | options))
-
-
-def _widths(module: Classifier) -> tuple[int, int]:
-    return module.net[0].out_channels, module.net[5].out_features
 
 
 def _optimizer_state(t: pl.Trainer, module: nn.Module) -> dict[str, Any]:
@@ -88,7 +83,7 @@ def _script(folder: Path, accumulate: int, unused: bool, resume: bool) -> None:
         # Weights and random state start apart on the ranks: only DDP and the callback align them.
         torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")) + (0 if ckpt_path is None else 99))
         module = Distributed(unused)
-        callback = _callback(trigger=Plateau("plan", patience=1, min_delta=0.5))
+        callback = two_splits(trigger=Plateau("plan", patience=1, min_delta=0.5))
         save = ModelCheckpoint(folder / name, save_top_k=-1, filename="{epoch}")
         t = trainer(
             folder,
@@ -102,7 +97,7 @@ def _script(folder: Path, accumulate: int, unused: bool, resume: bool) -> None:
         )
         t.fit(module, loader(96), ckpt_path=ckpt_path)
         mine = {
-            "widths": _widths(module),
+            "widths": widths(module),
             "history": callback.history,
             "parameters": {n: p.detach() for n, p in module.named_parameters()},
             "buffers": dict(module.named_buffers()),
@@ -200,12 +195,12 @@ def test_stochastic_weight_averaging(tmp_path: Path, first: bool) -> None:
             if trainer.current_epoch == 5:  # the extra epoch, for the statistics of BatchNorm alone
                 taken.append([p.detach().clone() for p in module.parameters()])
 
-    callback, module = _callback(), Classifier(optimizer="sgd")
+    callback, module = two_splits(), Classifier(optimizer="sgd")
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
     order = (swa, callback) if first else (callback, swa)
     _fit(tmp_path, module, *order, Watch(), max_epochs=5)
     assert [e["epoch"] for e in callback.history] == [1, 2, 3, 4]
-    assert sum(_widths(module)) == 11 + 2 * 4
+    assert sum(widths(module)) == 11 + 2 * 4
     assert swa._average_model is not None
     for mine, average in zip(taken[0], swa._average_model.parameters(), strict=True):
         torch.testing.assert_close(mine, average.detach(), rtol=0, atol=0)
@@ -213,7 +208,7 @@ def test_stochastic_weight_averaging(tmp_path: Path, first: bool) -> None:
 
 def test_stopping_monitoring_and_accumulating_callbacks(tmp_path: Path) -> None:
     """EarlyStopping, LearningRateMonitor and GradientAccumulationScheduler do their work; nothing else."""
-    callback, module = _callback(), Classifier()
+    callback, module = two_splits(), Classifier()
     stop = EarlyStopping("train_loss", patience=1, min_delta=10.0)
     schedule = GradientAccumulationScheduler({0: 1, 1: 2})
     logger = csv_logger(tmp_path)
@@ -268,7 +263,7 @@ def test_backbone_finetuning(tmp_path: Path) -> None:
 
     def run(folder: Path, resume: str | None = None) -> tuple[Tuned, SplittingCallback, pl.Trainer]:
         pl.seed_everything(0 if resume is None else 9, verbose=False)
-        module, callback = Tuned(), _callback(strategy=TopK(fraction=0.4))
+        module, callback = Tuned(), two_splits(strategy=TopK(fraction=0.4))
         tune = BackboneFinetuning(2, train_bn=False, verbose=False)
         save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
         t = trainer(folder, tune, callback, save, Watch(), enable_checkpointing=True)
@@ -298,7 +293,7 @@ def test_resuming_weight_averaging(tmp_path: Path, first: bool) -> None:
 
     def run(folder: Path, resume: str | None = None) -> tuple[Classifier, SplittingCallback]:
         pl.seed_everything(0 if resume is None else 9, verbose=False)
-        module, callback = Classifier(optimizer="sgd"), _callback()
+        module, callback = Classifier(optimizer="sgd"), two_splits()
         swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
         save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
         order = (swa, callback) if first else (callback, swa)
@@ -322,13 +317,13 @@ def test_learning_rate_finder(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), self.lr)
 
-    module, callback = Tunable(), _callback(trigger=Every(4, "step"))
+    module, callback = Tunable(), two_splits(trigger=Every(4, "step"))
     t = trainer(tmp_path, callback)
     Tuner(t).lr_find(module, loader(), num_training=8)
-    assert _widths(module) == (3, 8)
+    assert widths(module) == (3, 8)
     t.fit(module, loader())
     assert [e["step"] for e in callback.history] == [4, 8]
-    assert sum(_widths(module)) == 11 + 4
+    assert sum(widths(module)) == 11 + 4
 
 
 # modules of all sorts -----------------------------------------------------------------------------
@@ -362,7 +357,7 @@ class Adversaries(pl.LightningModule):
 def test_two_optimizers_stepped_by_hand(tmp_path: Path) -> None:
     """loss_fn says which network grows; the optimizers that the module keeps go on training it."""
     module = Adversaries()
-    callback = _callback(loss_fn=lambda m, batch: m.loss(m.one, batch))
+    callback = two_splits(loss_fn=lambda m, batch: m.loss(m.one, batch))
     before: dict[str, Tensor] = {}
 
     class Watch(pl.Callback):
@@ -449,11 +444,11 @@ def _combined(mode: Any) -> CombinedLoader:
 )
 def test_modules_and_batches_of_all_sorts(tmp_path: Path, module: Any, data: Any) -> None:
     """Signatures, outputs, containers, memory formats and compiled parts that Lightning takes, grow."""
-    net, callback = module(), _callback()
+    net, callback = module(), two_splits()
     t = trainer(tmp_path, callback, max_epochs=3)
     t.fit(net, data())
     assert [e["num_splits"] for e in callback.history] == [2, 2]
-    assert sum(_widths(net)) == 11 + 4
+    assert sum(widths(net)) == 11 + 4
     _assert_all_trained(t, net)
     assert all(r.measured_gain > -1e-3 for r in callback.reports)
 
@@ -466,7 +461,7 @@ def test_a_tuple_is_no_loss(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx), 1
 
     with pytest.raises(MisconfigurationException, match="training_step returned tuple as its loss.*loss_fn="):
-        trainer(tmp_path, _callback()).fit(Pair(), loader())
+        trainer(tmp_path, two_splits()).fit(Pair(), loader())
 
 
 # kinds of runs ------------------------------------------------------------------------------------
@@ -495,7 +490,7 @@ def test_a_tuple_is_no_loss(tmp_path: Path) -> None:
 def test_options_of_the_trainer(tmp_path: Path, options: dict[str, Any], epochs: list[int]) -> None:
     """Runs cut short, repeated, clipped or checked grow all the same; with and without validation."""
     for module in (Classifier(), Validated()):
-        callback = _callback()
+        callback = two_splits()
         t = trainer(tmp_path, callback, **options)
         t.fit(module, loader(), *([loader()] if isinstance(module, Validated) else []))
         assert [e["epoch"] for e in callback.history] == epochs
@@ -511,7 +506,7 @@ def test_resuming_in_mid_epoch_equals_the_uninterrupted_run(tmp_path: Path, accu
 
     def run(folder: Path, resume: str | None = None) -> tuple[Classifier, SplittingCallback]:
         pl.seed_everything(0 if resume is None else 9, verbose=False)
-        module, callback = Classifier(), _callback(trigger=Every(3, "step"))
+        module, callback = Classifier(), two_splits(trigger=Every(3, "step"))
         save = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", every_n_train_steps=2)
         t = trainer(
             folder,
@@ -545,7 +540,7 @@ def test_patience_counts_validations_where_they_are_rare(tmp_path: Path) -> None
             self.log("val_loss", 1.0)
 
     def run(folder: Path, resume: str | None = None) -> SplittingCallback:
-        callback = _callback(trigger=Plateau("val_loss", patience=1))
+        callback = two_splits(trigger=Plateau("val_loss", patience=1))
         save = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=True)
         t = trainer(
             folder, callback, save, max_epochs=8, check_val_every_n_epoch=3, enable_checkpointing=True
@@ -565,7 +560,7 @@ def test_patience_counts_validations_where_they_are_rare(tmp_path: Path) -> None
 def test_a_network_without_hidden_neurons_is_refused_in_words(tmp_path: Path) -> None:
     """Lightning's BoringModel is one linear layer: its neurons are the output."""
     with pytest.raises(MisconfigurationException, match="No neuron of this network can be split.*'layer'"):
-        trainer(tmp_path, _callback()).fit(BoringModel(), DataLoader(RandomDataset(32, 64)))
+        trainer(tmp_path, two_splits()).fit(BoringModel(), DataLoader(RandomDataset(32, 64)))
 
 
 class Deeper(BoringModel):
@@ -578,7 +573,7 @@ class Deeper(BoringModel):
 
 def test_boring_model_with_a_hidden_layer(tmp_path: Path) -> None:
     """Its own loaders, dict outputs, StepLR and validation are all it takes."""
-    module, callback = Deeper(), _callback()
+    module, callback = Deeper(), two_splits()
     trainer(tmp_path, callback, max_epochs=3).fit(module)
     assert module.layer[0].out_features == 8
     assert [e["step"] for e in callback.history] == [64, 128]
@@ -601,7 +596,7 @@ def test_resnet(tmp_path: Path) -> None:
 
     data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)
     grower = SteepestSplitting(solver=Lanczos(2))
-    callback = _callback(strategy=TopK(count=6), grower=grower, num_batches=1, confirm_batches=0)
+    callback = two_splits(strategy=TopK(count=6), grower=grower, num_batches=1, confirm_batches=0)
     module = ResNet()
     t = trainer(tmp_path, callback, max_epochs=2)
     t.fit(module, DataLoader(data, 4))
