@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +363,26 @@ def test_a_frozen_network_waits_until_it_is_thawed(tmp_path: Path) -> None:
     module = _fit(tmp_path, Thaw(), callback, max_epochs=4)
     assert [e["epoch"] for e in callback.history] == [2, 3]
     assert sum(widths(module)) > 11
+
+
+def test_what_failed_the_check_once_is_left_alone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that a growth reports as broken is barred in all later ones, also after a resume."""
+    import lightning_split.callback as module_under_test
+
+    grow, calls = module_under_test.grow, []
+
+    def reporting_a_failure(*args: Any, **options: Any) -> Any:
+        calls.append(dict(options["barred"]))
+        report = grow(*args, **options)
+        return dataclasses.replace(report, barred={"net.0": "it broke"}) if len(calls) == 1 else report
+
+    monkeypatch.setattr(module_under_test, "grow", reporting_a_failure)
+    callback = two_splits(strategy=TopK(fraction=0.9))
+    _fit(tmp_path, callback, max_epochs=4)
+    assert calls == [{}, {"net.0": "it broke"}, {"net.0": "it broke"}]
+    assert [e["widths_after"].keys() for e in callback.history[1:]] == [{"net.5"}, {"net.5"}]
+    again = two_splits()
+    again.load_state_dict(callback.state_dict())
+    assert again.barred == {"net.0": "it broke"}
