@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,8 @@ class Architecture:
     uses: Mapping[str, float] = field(default_factory=dict, repr=False)
     # uses: how often each weight of a layer is used for one sample (spatial positions, repeated calls)
 
+    note: str = ""  # what tracing could not look at, as a sentence
+
     def group(self, name: str) -> ChannelGroup:
         """The group of that name.
 
@@ -96,7 +98,7 @@ class Architecture:
         moved = tuple(
             Unsplittable(g.name, reasons[g.name], g.width) for g in self.groups if g.name in reasons
         )
-        return Architecture(kept, self.unsplittable + moved, self.ports, self.uses)
+        return replace(self, groups=kept, unsplittable=self.unsplittable + moved)
 
     def __str__(self) -> str:
         lines = []
@@ -122,6 +124,8 @@ class Architecture:
                 [(u.name, str(u.width), u.reason) for u in self.unsplittable],
                 right=(1,),
             )
+        if self.note:
+            lines += ["", self.note]
         return "\n".join(lines)
 
 

@@ -299,3 +299,24 @@ def test_the_table_names_groups_and_reasons() -> None:
     assert "13 splittable neurons in 2 groups." in text
     assert "they are part of the model's output" in text
     assert [line.split(" | ")[1].strip() for line in text.splitlines()[2:4]] == ["7", "6"]
+
+
+def test_a_mode_that_cannot_be_run_is_told() -> None:
+    """A model that fails in its other mode is traced in its own, and the table says what was not seen."""
+
+    class NeedsTargets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise ValueError("targets are missing")
+            return self.out(torch.tanh(self.body(x)))
+
+    arch = trace(NeedsTargets().eval(), torch.randn(2, 3))
+    assert arch.widths == {"body": 4}
+    assert str(arch).endswith("because a pass in that mode fails: targets are missing")
+    assert "training mode only were not seen" in arch.note
+    assert arch.without({"body": "x"}).note == arch.note
+    assert trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(2, 3)).note == ""
