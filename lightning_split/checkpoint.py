@@ -58,21 +58,28 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
 
 def _sizes(layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]) -> dict[Port, int] | None:
     """The new size of every port, or ``None`` if the tensors do not agree on one."""
+    tensors = layer_tensors(layer)
     sizes: dict[Port, int] = {}
-    for name, (tensor, axes) in layer_tensors(layer).items():
+    for name, (tensor, axes) in tensors.items():
         shape = incoming[name]
-        if len(shape) != tensor.ndim:
+        if len(shape) != tensor.ndim or any(
+            shape[a] != tensor.shape[a] for a in range(tensor.ndim) if a not in axes
+        ):
             return None
-        for axis in range(tensor.ndim):
-            port = axes.get(axis)
-            if port is None:
-                if shape[axis] != tensor.shape[axis]:
-                    return None
-                continue
-            multiple = tensor.shape[axis] // (rule.port_size(layer, port) or tensor.shape[axis])
-            size, rest = divmod(shape[axis], multiple)
-            if rest or size == 0 or sizes.setdefault(port, size) != size:
+        for axis, blocks in axes.items():
+            if len({block.port for block in blocks}) > 1:
+                continue  # the layer's other tensors say how such an axis is shared out
+            size, rest = divmod(shape[axis], sum(block.multiple for block in blocks))
+            if rest or size == 0 or sizes.setdefault(blocks[0].port, size) != size:
                 return None
+    for name, (_, axes) in tensors.items():
+        for axis, blocks in axes.items():
+            known = sum(sizes.get(block.port, 0) * block.multiple for block in blocks)
+            unknown = [block for block in blocks if block.port not in sizes]
+            rest = incoming[name][axis] - known
+            if rest % max(1, len(unknown)) or (rest == 0) != (not unknown) or rest < 0:
+                return None
+            sizes |= {block.port: rest // len(unknown) for block in unknown}
     return sizes
 
 

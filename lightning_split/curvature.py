@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup, ThetaBlock
+from lightning_split.layers import Port, port_kind
+from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import undisturbed
 from lightning_split.surrogates import SmoothDerivatives
 
@@ -67,6 +70,7 @@ class SplittingOperator:
     ) -> None:
         self._model = model
         self._groups: dict[str, ChannelGroup] = {g.name: g for g in arch.groups}
+        self._cuts = _consuming(arch)
         self._batches = list(batches)
         self._loss_fn = loss_fn
         self._beta = surrogate_beta
@@ -223,23 +227,8 @@ class SplittingOperator:
         stack = ExitStack()
         self._consumer_calls: list[str] = []
         stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
-        consumers = dict.fromkeys(p for g in self._groups.values() for p in g.consumers)
-        for path in consumers:
-            handle = self._model.get_submodule(path).register_forward_pre_hook(
-                self._hook(path, replace), with_kwargs=True
-            )
-            stack.callback(handle.remove)
+        stack.enter_context(watched(self._model, _Cuts(self._cuts, self._consumer_calls, replace)))
         return stack
-
-    def _hook(self, path: str, replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            self._consumer_calls.append(path)
-            if args:
-                return (replace(args[0]), *args[1:]), kwargs
-            name = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
-            return args, {**kwargs, name: replace(kwargs[name])}
-
-        return hook
 
     def _product(self, graph: _Graph, vectors: Mapping[str, Tensor]) -> Vectors:
         directions: dict[tuple[str, str], Tensor] = {}
@@ -285,6 +274,31 @@ class SplittingOperator:
 
     def _some_weight(self) -> Tensor:
         return next(iter(self._parameters().values()))
+
+
+def _consuming(arch: Architecture) -> set[tuple[str, Port]]:
+    """The ports on which splittable neurons are read."""
+    neurons = [i for group in arch.groups for i in group.neurons]
+    return {
+        key
+        for key, port in arch.ports.items()
+        if port_kind(key[1]) == "in" and bool(np.isin(port.neuron, neurons).any())
+    }
+
+
+class _Cuts(Watcher):
+    """Replaces what consumers read."""
+
+    def __init__(
+        self, where: set[tuple[str, Port]], calls: list[str], replace: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._where, self._calls, self._replace = where, calls, replace
+
+    def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        if (path, port) not in self._where:
+            return x
+        self._calls.append(path)
+        return self._replace(x)
 
 
 class _Graph:

@@ -352,7 +352,7 @@ def _checked_readings(
     model: nn.Module, arch: Architecture, batch: Any, loss_fn: LossFn, seed: int
 ) -> Readings:
     with undisturbed(model, train=False, seed=seed):
-        return readings(model, arch, lambda m: loss_fn(m, batch))
+        return readings(model, lambda m: loss_fn(m, batch))
 
 
 def _first_break(
@@ -368,7 +368,7 @@ def _first_break(
     with undisturbed(model, train=False, seed=seed):
         surgery.apply()
         try:
-            after = readings(model, arch, lambda m: loss_fn(m, batch))
+            after = readings(model, lambda m: loss_fn(m, batch))
         except Exception as error:
             # The user's forward pass fails at the new width: its own words are the reason.
             first = str(error).strip().splitlines() or [type(error).__name__]

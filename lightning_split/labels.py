@@ -128,6 +128,7 @@ class LabelMode(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
         self.suspended = 0  # > 0 while a layer with a rule runs: its inside is the rule's business
+        self.inside = 0  # > 0 while a layer with a rule runs: it may use its own weights
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.leaked: dict[int, str] = {}  # id of a parameter -> the contraction that used it by itself
         self.where = where
@@ -222,7 +223,8 @@ class LabelMode(TorchDispatchMode):
             return out
         inputs = [t for t in tree_leaves((list(args), kwargs)) if isinstance(t, Tensor)]
         name = func.overloadpacket.__name__
-        self._follow_weights(name, inputs, out)
+        if not self.inside:
+            self._follow_weights(name, inputs, out)
         if not any(self.get(t) is not None for t in inputs):
             return out
         before = [(t, self.get(t)) for t in mutated]

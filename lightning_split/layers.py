@@ -1,16 +1,17 @@
 """Layer rules: what the library must know about a type of layer.
 
-This is the only file that names layer classes. A rule answers four questions about a layer: along
-which axis of its activations the neurons lie, which axes of its tensors run along the neurons that
-it consumes (port ``"in"``), produces (``"out"``) or passes on (``"through"``), how its attributes
-follow when those axes grow, and why it cannot be grown, if it cannot.
+This file and ``composites.py`` (layers with several ports: attention, recurrence) are the only ones that
+name layer classes. A rule answers four questions about a layer: along which axis of its activations the
+neurons lie, which axes of its tensors run along the neurons that it reads (port ``"in"``), makes (``"out"``)
+or passes on (``"through"``), how its attributes follow when those axes grow, and why it cannot be grown, if
+it cannot.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,9 +21,40 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ["LayerRule", "Port", "register_layer_rule", "rule_for"]
+__all__ = ["LayerRule", "Marks", "Port", "port_kind", "register_layer_rule", "rule_for"]
 
-Port = Literal["in", "out", "through"]
+Port = str  # "in", "out" or "through"; a layer with several of a kind names them: "in:hidden"
+AxisPorts = Port | tuple[Port, ...]  # several: the axis holds their neurons one after the other
+
+
+def port_kind(port: Port) -> str:
+    """``"in"``, ``"out"`` or ``"through"``."""
+    return port.partition(":")[0]
+
+
+class Block(NamedTuple):
+    """The stretch of a tensor's axis that belongs to one port."""
+
+    port: Port
+    start: int  # first entry
+    size: int  # number of neurons on the port
+    multiple: int  # neighbouring entries per neuron
+
+
+class Marks(Protocol):
+    """Through which :meth:`LayerRule.forward` says where in a layer neurons are read and made."""
+
+    def read(self, port: Port, x: Tensor, axis: int) -> Tensor:
+        """Here the layer reads the neurons that lie along ``axis`` of ``x``; go on with the result."""
+        ...
+
+    def made(self, port: Port, x: Tensor, axis: int) -> Tensor:
+        """Here the neurons of a port have been computed, along ``axis`` of ``x``; go on with the result."""
+        ...
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own ``forward``."""
+        ...
 
 
 class LayerRule(ABC):
@@ -44,12 +76,33 @@ class LayerRule(ABC):
     role: ClassVar[Literal["mixer", "channelwise"]]
 
     @abstractmethod
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         """For each parameter or buffer of the layer that has a neuron axis: ``{axis: port}``.
 
         An axis may be a whole multiple of its port: then each neuron owns that many neighbouring
-        entries (a depthwise convolution with a channel multiplier).
+        entries (a depthwise convolution with a channel multiplier). A tuple of ports says that their neurons
+        follow each other along the axis; a port may occur several times (the gates of an LSTM).
         """
+
+    def forward(self, layer: nn.Module, marks: Marks, *args: Any, **kwargs: Any) -> Any:
+        """The layer's computation, with marks where neurons are read and made.
+
+        The default reads the first tensor and makes the output. A layer with several ports, or one that
+        reads its own neurons (recurrence), computes here what its ``forward`` computes, with operators that
+        can be differentiated twice, and marks each place.
+        """
+        reads, makes = ("in", "out") if self.role == "mixer" else ("through", "through")
+
+        def read(x: Tensor) -> Tensor:
+            return marks.read(reads, x, self.neuron_axis(layer, x))
+
+        if args:
+            args = (read(args[0]), *args[1:])
+        else:
+            name = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+            kwargs = {**kwargs, name: read(kwargs[name])}
+        output = marks.own(*args, **kwargs)
+        return marks.made(makes, output, self.neuron_axis(layer, output))
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         """Set the attributes that state the layer's sizes (``out_features`` …) after its tensors grew.
@@ -64,9 +117,9 @@ class LayerRule(ABC):
         """Number of neurons on a port, read from the tensors; ``None`` if no tensor lies on it."""
         for name, axes in self.axes(layer).items():
             tensor = _tensor(layer, name)
-            for axis, other in axes.items():
-                if tensor is not None and other == port:
-                    return int(tensor.shape[axis])
+            for axis, ports in axes.items():
+                if tensor is not None and {port} == {*_several(ports)}:
+                    return int(tensor.shape[axis]) // len(_several(ports))
         return None
 
     def tiles(self, layer: nn.Module) -> int:
@@ -74,6 +127,10 @@ class LayerRule(ABC):
 
         The ``"in"`` port has the size of one group, the ``"out"`` port that of all together.
         """
+        return 1
+
+    def block(self, layer: nn.Module) -> int:
+        """Number of neighbouring channels that a channelwise layer treats together: they are one neuron."""
         return 1
 
     def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
@@ -156,16 +213,44 @@ def rule_for(layer: nn.Module) -> LayerRule | None:
     return None
 
 
-def layer_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, Mapping[int, Port]]]:
+def layer_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, dict[int, tuple[Block, ...]]]]:
     """The tensors of a layer that have a neuron axis, by name, with their axes; empty without a rule."""
     rule = rule_for(layer)
     if rule is None:
         return {}
+    found = {}
+    for name, axes in rule.axes(layer).items():
+        tensor = _tensor(layer, name)
+        if tensor is not None:
+            blocks = {a: _blocks(rule, layer, tensor.shape[a], ports) for a, ports in axes.items()}
+            found[name] = (tensor, blocks)
+    return found
+
+
+def port_sizes(layer: nn.Module) -> dict[Port, int]:
+    """Number of neurons on every port on which the layer has tensors."""
     return {
-        name: (tensor, axes)
-        for name, axes in rule.axes(layer).items()
-        if (tensor := _tensor(layer, name)) is not None
+        block.port: block.size
+        for _, axes in layer_tensors(layer).values()
+        for blocks in axes.values()
+        for block in blocks
     }
+
+
+def _blocks(rule: LayerRule, layer: nn.Module, length: int, ports: AxisPorts) -> tuple[Block, ...]:
+    if isinstance(ports, str):
+        size = rule.port_size(layer, ports) or length
+        return (Block(ports, 0, size, length // size if size else 1),)
+    blocks, start = [], 0
+    for port in ports:
+        size = rule.port_size(layer, port) or 0
+        blocks.append(Block(port, start, size, 1))
+        start += size
+    return tuple(blocks)
+
+
+def _several(ports: AxisPorts) -> tuple[Port, ...]:
+    return (ports,) if isinstance(ports, str) else ports
 
 
 def _tensor(layer: nn.Module, name: str) -> Tensor | None:
@@ -194,7 +279,7 @@ class _Refused(LayerRule):
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {}
 
     def refusal(self, layer: nn.Module) -> str | None:
@@ -224,7 +309,7 @@ class _Channelwise(LayerRule):
 
 
 class _Linear(_Mixer):
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
@@ -236,7 +321,7 @@ class _Linear(_Mixer):
 
 
 class _Conv(_Mixer):
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
@@ -261,7 +346,7 @@ class _GroupedConv(_Conv):
 
 
 class _ConvTranspose(_Conv):
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
 
     def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
@@ -275,7 +360,7 @@ class _DepthwiseConv(_Channelwise):
         assert isinstance(layer, _ConvNd)
         return layer.groups if port == "through" else None
 
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
@@ -290,13 +375,38 @@ class _DepthwiseConv(_Channelwise):
 
 
 class _BatchNormRule(_Channelwise):
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         names = ("weight", "bias", "running_mean", "running_var")
         return {name: {0: "through"} for name in names}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         # num_features of SyncBatchNorm is read again when Lightning converts it back.
         layer.num_features = sizes["through"]  # type: ignore[assignment]
+
+
+class _GroupNormRule(_Channelwise):
+    """Mean and variance over each group of channels: a neuron is a whole group, and groups become more."""
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        return {"weight": {0: "through"}, "bias": {0: "through"}}
+
+    def port_size(self, layer: nn.Module, port: Port) -> int | None:
+        assert isinstance(layer, nn.GroupNorm)
+        return layer.num_channels if layer.weight is None else len(layer.weight)
+
+    def block(self, layer: nn.Module) -> int:
+        assert isinstance(layer, nn.GroupNorm)
+        return layer.num_channels // layer.num_groups
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, nn.GroupNorm)
+        size = self.block(layer)
+        layer.num_channels, layer.num_groups = sizes["through"], sizes["through"] // size
+
+    def refusal(self, layer: nn.Module) -> str | None:
+        if not any(True for _ in layer.parameters(recurse=False)):
+            return "a group normalisation without weights could not be fitted to a checkpoint again"
+        return None
 
 
 class _InstanceNormRule(_BatchNormRule):
@@ -306,7 +416,7 @@ class _InstanceNormRule(_BatchNormRule):
 
 
 class _PReLU(_Channelwise):
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         assert isinstance(layer, nn.PReLU)
         return {"weight": {0: "through"}} if layer.num_parameters > 1 else {}
 
@@ -317,7 +427,7 @@ class _PReLU(_Channelwise):
 class _Embedding(_Mixer):
     """Each embedding dimension is a neuron whose incoming weights are one entry per token."""
 
-    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, Port]]:
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {1: "out"}}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
@@ -330,7 +440,7 @@ class _Embedding(_Mixer):
         return 0  # a look-up multiplies nothing
 
     def refusal(self, layer: nn.Module) -> str | None:
-        assert isinstance(layer, nn.Embedding)
+        assert isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
         if layer.max_norm is not None:
             return "an embedding with max_norm rescales its rows by their norm, which mixes the neurons"
         if layer.sparse:
@@ -362,8 +472,10 @@ def _register_builtin_rules() -> None:
     register_layer_rule(_BatchNorm, _BatchNormRule())
     register_layer_rule(nn.SyncBatchNorm, _BatchNormRule())
     register_layer_rule(_InstanceNorm, _InstanceNormRule())
+    register_layer_rule(nn.GroupNorm, _GroupNormRule())
     register_layer_rule(nn.PReLU, _PReLU())
     register_layer_rule(nn.Embedding, _Embedding())
+    register_layer_rule(nn.EmbeddingBag, _Embedding())
 
 
 _register_builtin_rules()

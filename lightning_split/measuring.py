@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-__all__ = ["isolated_rng", "tensors_in", "undisturbed"]
+from lightning_split.layers import keeps_batch_statistics
+
+__all__ = ["fixed_statistics", "isolated_rng", "outline_of", "tensors_in", "undisturbed"]
 
 
 @contextmanager
@@ -138,6 +142,28 @@ def _refill(container: Any, content: Any) -> None:
 
 def _flat(container: Any) -> list[Any]:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+
+
+def fixed_statistics(model: nn.Module) -> None:
+    """Let layers that normalise by statistics of the batch use those that they keep."""
+    for layer in model.modules():
+        if keeps_batch_statistics(layer):
+            layer.eval()
+
+
+def outline_of(example: Any) -> Any:
+    """The same nested tuples, lists and dicts with tensors that have shapes but no values.
+
+    A pass over them computes nothing and takes no memory; operators whose result depends on a value raise
+    an error. What a pass makes without reading these tensors (a table of positions, kept for later) is real.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def hollow(tensor: Tensor) -> Tensor:
+        fake: Tensor = mode.from_tensor(tensor, static_shapes=True)
+        return fake
+
+    return tree_map_only(Tensor, hollow, example)
 
 
 def tensors_in(value: Any, depth: int = 6) -> list[Tensor]:

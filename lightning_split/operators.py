@@ -36,6 +36,12 @@ def _barrier(
         mode.set(t, None)
 
 
+def _look(
+    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
+) -> None:
+    """What is asked of a tensor but its values."""
+
+
 def _pointwise(
     mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
 ) -> None:
@@ -371,6 +377,18 @@ def _register(handler: Handler, *names: str) -> None:
         _HANDLERS[name] = handler
 
 
+_register(
+    _look,
+    "device",
+    "layout",
+    "dim",
+    "is_contiguous",
+    "is_strides_like_format",
+    "is_non_overlapping_and_dense",
+)
+_register(
+    _look, *(f"{_sym}{_n}" for _sym in ("", "sym_") for _n in ("size", "stride", "numel", "storage_offset"))
+)
 _register(_move, "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "movedim")
 _register(_same, "detach", "clone", "contiguous", "_to_copy", "lift_fresh", "view_as", "alias")
 _register(_same, "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")

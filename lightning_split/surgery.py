@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup, PortMap
-from lightning_split.layers import Port, layer_tensors, rule_for
+from lightning_split.layers import Block, Port, layer_tensors, port_kind, port_sizes, rule_for
 
 __all__ = ["AxisMap", "Replacement", "Split", "Surgery", "split_neurons"]
 
@@ -49,6 +51,12 @@ class Replacement(NamedTuple):
 
     new: nn.Parameter
     maps: dict[int, AxisMap]
+
+
+class _Displacement(NamedTuple):
+    axis: int  # of the parameter, along which the displaced rows lie
+    entries: Tensor  # (n,) which rows
+    values: Tensor  # (n, ...) what is added to them, the row axis in front
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +107,16 @@ class Surgery:
     that were there before.
     """
 
-    def __init__(self, model: nn.Module, splits: Sequence[Split], arch: Architecture) -> None:
+    def __init__(
+        self, model: nn.Module, splits: Sequence[Split], arch: Architecture, *, hollow: bool = False
+    ) -> None:
         self.replaced: dict[nn.Parameter, Replacement] = {}
         self._model = model
         self._arch = arch
-        self._displacements: list[tuple[nn.Parameter, Tensor]] = []
-        self._put: list[tuple[nn.Module, dict[str, Any], str, Tensor]] = []  # where, and what comes in
-        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+        self._hollow = hollow  # new tensors have shapes but no memory: to try how the model takes its sizes
+        self._displacements: list[tuple[nn.Parameter, _Displacement]] = []
+        self._put: list[tuple[dict[str, Any], str, Tensor]] = []  # where, and what comes in
+        self._undo: list[Callable[[], Any]] = []
         _check_splits(arch, splits)
         self._splits = tuple(splits)
         self._number = {arch.group(s.group).neurons[s.neuron]: n for n, s in enumerate(self._splits)}
@@ -115,20 +126,22 @@ class Surgery:
     def apply(self) -> None:
         """Put in the widened tensors; the function stays the same up to rounding."""
         try:
-            layers = []
-            for layer, store, name, tensor in self._put:
-                self._undo.append((store, name, store[name]))
+            for store, name, tensor in self._put:
+                self._undo.append(partial(store.__setitem__, name, store[name]))
                 store[name] = tensor
-                if layer not in layers:
-                    layers.append(layer)
-            for layer in layers:
-                before = dict(vars(layer))
+            for layer in self._layers:
+                before, cls = dict(vars(layer)), type(layer)
                 rule = rule_for(layer)
                 if rule is not None:
                     rule.resize(layer, self._sizes(layer))
-                for name, value in before.items():
-                    if vars(layer).get(name) is not value:
-                        self._undo.append((vars(layer), name, value))
+                after = vars(layer)
+                for name in [n for n in after if after[n] is not before.get(n, after)]:
+                    if name in before:
+                        self._undo.append(partial(after.__setitem__, name, before[name]))
+                    else:
+                        self._undo.append(partial(after.__delitem__, name))
+                if type(layer) is not cls:
+                    self._undo.append(partial(setattr, layer, "__class__", cls))
         except BaseException:
             self.revert()
             raise
@@ -136,19 +149,28 @@ class Surgery:
     def displace(self) -> None:
         """Move the offspring to their places."""
         with torch.no_grad():
-            for parameter, delta in self._displacements:
-                parameter.add_(delta)
+            for parameter, (axis, entries, values) in self._displacements:
+                parameter.movedim(axis, 0).index_add_(0, entries, values)
 
     def revert(self) -> None:
         """Restore what was there before :meth:`apply`."""
         while self._undo:
-            store, name, value = self._undo.pop()
-            store[name] = value
+            self._undo.pop()()
 
     def layout(self, path: str, port: Port) -> Tensor | None:
         """Old position of each new position on a port, or ``None`` if the port does not grow."""
         growth = self._growth.get(id(self._model.get_submodule(path)), {}).get(port)
         return None if growth is None else growth.index
+
+    def alive(self, path: str, port: Port) -> Tensor:
+        """Which positions of a port that grew are not the last offspring of their neuron."""
+        g = self._growth[id(self._model.get_submodule(path))][port]
+        last = torch.tensor([len(s.weights) - 1 for s in self._splits] + [-1])
+        return g.ordinal != last[g.split]
+
+    def knows(self, path: str, port: Port) -> bool:
+        """Whether the architecture says what lies on a port."""
+        return (path, port) in self._arch.ports
 
     def port_size(self, path: str, port: Port) -> int:
         """Number of positions on a port before the growth."""
@@ -161,6 +183,7 @@ class Surgery:
             key: self._port_growth(port) for key, port in self._arch.ports.items() if self._touched(port)
         }
         self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
+        self._layers: list[nn.Module] = []
         theta = self._theta_displacements()
         sites = _sites(self._model)
         done: set[int] = set()
@@ -168,18 +191,19 @@ class Surgery:
             layer = self._model.get_submodule(path)
             mine = {port: g for (p, port), g in growth.items() if p == path}
             self._growth[id(layer)] = mine
+            self._layers.append(layer)
             for name, (tensor, axes) in layer_tensors(layer).items():
-                if id(tensor) in done or not any(port in mine for port in axes.values()):
+                ports = {block.port for blocks in axes.values() for block in blocks}
+                if id(tensor) in done or not ports & mine.keys():
                     continue
                 done.add(id(tensor))
-                new, delta, maps = self._grown(path, name, tensor, axes, mine, theta.get((path, name)))
+                new, moved, maps = self._grown(path, name, tensor, axes, mine, theta.get((path, name)))
                 if isinstance(tensor, nn.Parameter):
                     new = _as_parameter(new, tensor)
                     self.replaced[tensor] = Replacement(new, maps)
-                    if delta is not None:
-                        self._displacements.append((new, delta))
-                for module, store, key in sites[id(tensor)]:
-                    self._put.append((module, store, key, new))
+                    if moved is not None:
+                        self._displacements.append((new, moved))
+                self._put += [(store, key, new) for store, key in sites[id(tensor)]]
 
     def _touched(self, port: PortMap) -> bool:
         return bool(np.isin(port.neuron, list(self._number)).any())
@@ -208,52 +232,48 @@ class Surgery:
         path: str,
         name: str,
         tensor: Tensor,
-        axes: Mapping[int, Port],
+        axes: Mapping[int, tuple[Block, ...]],
         growth: Mapping[Port, _PortGrowth],
         displaced: Mapping[tuple[int, int], Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None, dict[int, AxisMap]]:
-        """The widened tensor, what displacement adds to it, and how its axes grew."""
-        new, delta = tensor.detach(), None
+    ) -> tuple[Tensor, _Displacement | None, dict[int, AxisMap]]:
+        """The widened tensor, how it is displaced, and how its axes grew."""
+        new, moved = tensor.detach(), None
         maps: dict[int, AxisMap] = {}
-        for axis, port in sorted(axes.items(), key=lambda item: item[1] == "in"):
-            if port not in growth:
+        for axis, blocks in sorted(axes.items(), key=lambda item: port_kind(item[1][0].port) == "in"):
+            if not any(block.port in growth for block in blocks):
                 continue
-            g = growth[port]
-            size = len(self._arch.ports[path, port].neuron)
-            multiple, rest = divmod(tensor.shape[axis], size)
-            if rest or multiple == 0:
-                raise ValueError(
-                    f"The tensor '{path}.{name}' has {tensor.shape[axis]} entries along axis {axis} where "
-                    f"the architecture says {size}; trace the model again after each growth."
-                )
-            index = (g.index[:, None] * multiple + torch.arange(multiple)).flatten()
-            factor = g.factor.repeat_interleave(multiple)
-            place = index.to(tensor.device)
-            new = new.index_select(axis, place)
-            if port == "in":
-                new = _scaled(new, factor, axis)
-                if delta is not None:
-                    delta = _scaled(delta.index_select(axis, place), factor, axis)
-                maps[axis] = AxisMap(index, torch.ones_like(factor))
+            self._check_fit(path, name, tensor, axis, blocks)
+            g = _joined([_stretched(growth.get(block.port), block) for block in blocks])
+            index = g.index.to(tensor.device)
+            if self._hollow:
+                shape = list(new.shape)
+                shape[axis] = len(index)
+                new = new.new_zeros(()).expand(shape)
+            elif port_kind(blocks[0].port) == "in":
+                new = _scale_(new.index_select(axis, index), g.factor, axis)
+                if moved is not None:
+                    other = axis + (axis < moved.axis)
+                    values = _scale_(moved.values.index_select(other, index), g.factor, other)
+                    moved = moved._replace(values=values)
             else:
-                maps[axis] = AxisMap(index, factor)
-                if displaced and port == "out":
-                    delta = self._delta(new, axis, g, displaced)
-        return _same_format(new, tensor), delta, maps
+                new = new.index_select(axis, index)
+                if displaced:
+                    moved = _displacement(new, axis, g, displaced)
+            consumed = port_kind(blocks[0].port) == "in"
+            maps[axis] = AxisMap(g.index, torch.ones_like(g.factor) if consumed else g.factor)
+        return (new if self._hollow else _same_format(new, tensor)), moved, maps
 
-    def _delta(
-        self, new: Tensor, axis: int, g: _PortGrowth, displaced: Mapping[tuple[int, int], Tensor]
-    ) -> Tensor:
-        """Displacement of every row; consumers' columns are still those of the old layout."""
-        delta = torch.zeros_like(new)
-        rows = delta.movedim(axis, 0)
-        entries = (g.split >= 0).nonzero().flatten()
-        for entry in entries.tolist():
-            number, ordinal, old = int(g.split[entry]), int(g.ordinal[entry]), int(g.index[entry])
-            row = displaced.get((number, old))
-            if row is not None:
-                rows[entry] = row[ordinal].to(new)
-        return delta
+    def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:
+        fits = sum(block.size * block.multiple for block in blocks) == tensor.shape[axis] and all(
+            block.size == len(self._arch.ports[path, block.port].neuron)
+            for block in blocks
+            if (path, block.port) in self._arch.ports
+        )
+        if not fits:
+            raise ValueError(
+                f"The tensor '{path}.{name}' has {tensor.shape[axis]} entries along axis {axis}, which is "
+                "not what the architecture says; trace the model again after each growth."
+            )
 
     def _theta_displacements(self) -> dict[tuple[str, str], dict[tuple[int, int], Tensor]]:
         """For each producer tensor: (split, old row) -> displacement of that row for every offspring."""
@@ -275,14 +295,7 @@ class Surgery:
 
     def _sizes(self, layer: nn.Module) -> dict[Port, int]:
         """Number of neurons on each port of a layer that already holds its new tensors."""
-        grown = self._growth.get(id(layer), {})
-        sizes: dict[Port, int] = {port: len(g.index) for port, g in grown.items()}
-        rule = rule_for(layer)
-        for _, axes in layer_tensors(layer).values():
-            for port in axes.values():
-                if port not in sizes and rule is not None:
-                    sizes[port] = rule.port_size(layer, port) or 0
-        return sizes
+        return port_sizes(layer) | {port: len(g.index) for port, g in self._growth[id(layer)].items()}
 
 
 def _check_splits(arch: Architecture, splits: Sequence[Split]) -> None:
@@ -318,21 +331,57 @@ def _known_group(arch: Architecture, name: str) -> ChannelGroup:
         raise ValueError(error.args[0]) from None
 
 
-def _sites(model: nn.Module) -> dict[int, list[tuple[nn.Module, dict[str, Any], str]]]:
+def _stretched(growth: _PortGrowth | None, block: Block) -> _PortGrowth:
+    """The growth of a port, entry by entry of the block of a tensor's axis that belongs to it."""
+    if growth is None:
+        index = torch.arange(block.size)
+        growth = _PortGrowth(
+            index, torch.ones(block.size, dtype=torch.float64), torch.full_like(index, -1), index * 0
+        )
+    m = block.multiple
+    index = block.start + (growth.index[:, None] * m + torch.arange(m)).flatten()
+    rest = (t.repeat_interleave(m) for t in (growth.factor, growth.split, growth.ordinal))
+    return _PortGrowth(index, *rest)
+
+
+def _joined(parts: Sequence[_PortGrowth]) -> _PortGrowth:
+    if len(parts) == 1:
+        return parts[0]
+    return _PortGrowth(
+        *(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_PortGrowth))
+    )
+
+
+def _displacement(
+    new: Tensor, axis: int, g: _PortGrowth, displaced: Mapping[tuple[int, int], Tensor]
+) -> _Displacement | None:
+    """Displacements of the rows; consumers' columns are still those of the old layout."""
+    entries, values = [], []
+    for entry in (g.split >= 0).nonzero().flatten().tolist():
+        row = displaced.get((int(g.split[entry]), int(g.index[entry])))
+        if row is not None:
+            entries.append(entry)
+            values.append(row[int(g.ordinal[entry])].to(new))
+    if not entries:
+        return None
+    return _Displacement(axis, torch.tensor(entries, device=new.device), torch.stack(values))
+
+
+def _sites(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
     """Every place of the model that holds a tensor, by the tensor's identity."""
-    sites: dict[int, list[tuple[nn.Module, dict[str, Any], str]]] = defaultdict(list)
+    sites: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None:
-                    sites[id(tensor)].append((module, store, name))
+                    sites[id(tensor)].append((store, name))
     return sites
 
 
-def _scaled(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
+def _scale_(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
     shape = [1] * tensor.ndim
     shape[axis] = -1
-    return tensor * factor.to(tensor).view(shape)  # cast first: float64 factors would promote bf16
+    return tensor.mul_(factor.to(tensor).view(shape))  # cast first: float64 factors would promote bf16
 
 
 def _same_format(new: Tensor, old: Tensor) -> Tensor:

@@ -23,16 +23,18 @@ from lightning_split.architecture import (
 )
 from lightning_split.labels import ChunkMode, LabelMode, NeuronTable
 from lightning_split.layers import (
+    Block,
     LayerRule,
     Port,
     is_uninitialized,
-    keeps_batch_statistics,
     layer_tensors,
+    port_kind,
     rule_for,
 )
-from lightning_split.measuring import tensors_in, undisturbed
+from lightning_split.marking import Watcher, watched
+from lightning_split.measuring import fixed_statistics, outline_of, tensors_in, undisturbed
 from lightning_split.operators import handler_of
-from lightning_split.verification import verified
+from lightning_split.verification import Run, batch_size, verified
 
 __all__ = ["trace", "trace_step"]
 
@@ -43,10 +45,11 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     """Find the channel groups of a network by running it once on example inputs.
 
     The model is called as ``model(*inputs, **kwargs)`` in the mode that it is in and, if that works, in
-    the other mode too, so that branches used only in training are seen. Then one neuron of every group
-    is really split, into copies and into itself and an offspring of weight zero, and every layer must read
-    what it read before, with the split channels doubled; groups that fail are reported with the reason.
-    The model and the random state are left as they were.
+    the other mode too, so that branches used only in training are seen. These runs compute shapes only,
+    unless the control flow depends on values. Then one neuron of every group is really split, into two copies
+    and an offspring of weight zero, and every layer must read what it read before, with the split channels
+    repeated; groups that fail are reported with the reason. The model and the random state are left as they
+    were.
 
     Args:
         model: Any ``nn.Module``.
@@ -60,12 +63,12 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     Raises:
         ValueError: If the model has lazy layers that were not yet initialised.
 
-    Cost: about seven forward passes.
+    Cost: two forward passes over at most two samples, and the time that Python takes for a few more.
     """
     return _trace(
         model,
-        lambda m: m(*inputs, **kwargs),
-        inputs or kwargs,
+        lambda m, example: m(*example[0], **example[1]),
+        (inputs, kwargs),
         output_reason="they are part of the model's output",
         compare_outputs=True,
     )
@@ -75,7 +78,7 @@ def trace_step(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any],
     """Like :func:`trace`, but runs ``loss_fn(model, batch)``, so the loss itself bounds what can grow."""
     return _trace(
         model,
-        lambda m: loss_fn(m, batch),
+        loss_fn,
         batch,
         output_reason="they reach the loss without passing a layer",
         compare_outputs=False,  # a penalty on the weights changes the loss, though not the function
@@ -84,7 +87,7 @@ def trace_step(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any],
 
 def _trace(
     model: nn.Module,
-    run: Callable[[nn.Module], Any],
+    run: Run,
     example: Any,
     output_reason: str,
     compare_outputs: bool,
@@ -95,26 +98,30 @@ def _trace(
                 f"The layer '{path}' is lazy and has no weights yet; run the model on one batch before "
                 "tracing it."
             )
-    tracer = _Tracer(model, batch_size=_batch_size(example))
+    outline = outline_of(example)
+    tracer = _Tracer(model, batch_size(example))
     mode, note = model.training, ""
-    with undisturbed(model, train=mode):
-        tracer.run(run, output_reason)
     try:
-        with undisturbed(model, train=not mode):
-            for layer in model.modules():
-                if keeps_batch_statistics(layer):
-                    layer.eval()  # one sample per channel is too few for statistics, and labels need none
-            tracer.run(run, output_reason, count_uses=False)
+        tracer.run(run, outline, output_reason, train=mode)
+    except Exception:
+        # Control flow that depends on values, say; if it is the user's error, it comes again.
+        outline, tracer = example, _Tracer(model, batch_size(example))
+        tracer.run(run, example, output_reason, train=mode)
+    try:
+        try:
+            tracer.run(run, outline, output_reason, train=not mode, count_uses=False)
+        except Exception:
+            tracer.run(run, example, output_reason, train=not mode, count_uses=False)
     except Exception as error:
         # The other mode may need other inputs (targets, say), so its failure is told, not raised.
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         other = "eval" if mode else "training"
         note = f"Branches used in {other} mode only were not seen, because a pass in that mode fails: {what}"
     arch = dataclasses.replace(tracer.architecture(), note=note)
-    return verified(model, arch, run, compare_outputs=compare_outputs)
+    return verified(model, arch, run, example, outline, compare_outputs=compare_outputs)
 
 
-class _Tracer:
+class _Tracer(Watcher):
     """Collects what the runs of one model tell."""
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
@@ -129,15 +136,21 @@ class _Tracer:
         self._batch_size = batch_size
         self._count_uses = True
         self._stack: list[str] = []
+        self._passing: dict[str, Tensor | None] = {}
+        self._mode: LabelMode
 
     # running --------------------------------------------------------------------------------------
 
-    def run(self, run: Callable[[nn.Module], Any], output_reason: str, *, count_uses: bool = True) -> None:
+    def run(
+        self, run: Run, example: Any, output_reason: str, *, train: bool, count_uses: bool = True
+    ) -> None:
         self._count_uses = count_uses
         self._stack = []
-        mode = LabelMode(self.table, self._where, handler_of)
-        with self._hooks(mode), torch.enable_grad(), ChunkMode(mode), mode:
-            output = run(self.model)
+        self._mode = mode = LabelMode(self.table, self._where, handler_of)
+        with undisturbed(self.model, train=train):
+            fixed_statistics(self.model)  # which one sample per channel would be too few for
+            with self._located(), watched(self.model, self), ChunkMode(mode), mode:
+                output = run(self.model, example)
         for tensor in tensors_in(output):
             labels = mode.get(tensor)
             if labels is not None:
@@ -149,140 +162,157 @@ class _Tracer:
         return f" (in '{inner}')" if inner else ""
 
     @contextmanager
-    def _hooks(self, mode: LabelMode) -> Iterator[None]:
-        handles = []
-        for path, module in self.model.named_modules():
-            enter, leave = self._hook_pair(mode, path)
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    def _located(self) -> Iterator[None]:
+        """Keep account of the module whose forward pass is running."""
+
+        def follow(path: str, module: nn.Module) -> None:
+            def enter(*_: Any) -> None:
+                self._stack.append(path)
+
+            def leave(*_: Any) -> None:
+                self._stack.pop()
+
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+
         with ExitStack() as stack:
-            for handle in handles:
-                stack.callback(handle.remove)
+            for path, module in self.model.named_modules():
+                follow(path, module)
             yield
 
-    def _hook_pair(self, mode: LabelMode, path: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        rule = self.rules.get(path)
+    # layers with a rule ---------------------------------------------------------------------------
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._stack.append(path)
-            if rule is not None:
-                mode.suspended += 1
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if rule is not None:
-                mode.suspended -= 1
-                if not mode.suspended:
-                    self._apply(mode, path, module, rule, args, kwargs, output)
-            self._stack.pop()
-
-        return enter, leave
-
-    def _apply(
-        self,
-        mode: LabelMode,
-        path: str,
-        module: nn.Module,
-        rule: LayerRule,
-        args: Any,
-        kwargs: Any,
-        output: Any,
-    ) -> None:
-        """Let a layer consume the labels of its input and give labels to its output."""
-        tensors = tensors_in((args, kwargs))
-        kind = type(module).__name__
-        refusal = rule.refusal(module)
-        if refusal is None and not (isinstance(output, Tensor) and tensors):
+    def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
+        mode, rule, tensors = self._mode, self.rules[path], tensors_in((args, kwargs))
+        simple = type(rule).forward is LayerRule.forward
+        refusal = rule.refusal(layer)
+        if refusal is None and simple and not tensors:
             refusal = "its rule describes one input and one output tensor, and it has others"
-        if refusal is not None:
-            mode.bar(tensors, f"they enter the {kind} '{path}': {refusal}")
-            for tensor in tensors_in(output):
-                mode.set(tensor, None)
-            return
-        source = tensors[0]
-        mode.bar(tensors[1:], f"they enter the {kind} '{path}' as a second input")
-        if self._count_uses:
-            self.uses[path] += rule.positions(module, source, output) / self._batch_size
-        if rule.role == "mixer":
-            self._consume(mode, path, module, rule, source)
-            self._produce(mode, path, module, rule, output)
-        else:
-            self._pass_through(mode, path, module, rule, source, output)
+        mode.inside += 1
+        try:
+            if refusal is not None:
+                mode.bar(tensors, f"they enter the {type(layer).__name__} '{path}': {refusal}")
+                mode.suspended += 1
+                try:
+                    output = type(layer).forward(layer, *args, **kwargs)
+                finally:
+                    mode.suspended -= 1
+                for tensor in tensors_in(output):
+                    mode.set(tensor, None)
+                return output
+            if simple:
+                mode.bar(tensors[1:], f"they enter the {type(layer).__name__} '{path}' as a second input")
+            output = call()
+        finally:
+            mode.inside -= 1
+        first = next(iter(tensors_in(output)), None)
+        if self._count_uses and first is not None:
+            self.uses[path] += rule.positions(layer, tensors[0], first) / self._batch_size
+        return output
 
-    def _profile(
-        self, mode: LabelMode, layer: str, rule: LayerRule, module: nn.Module, tensor: Tensor
-    ) -> Tensor | None:
+    def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        """Let a layer consume the labels of its input."""
+        mode = self._mode
+        if port_kind(port) == "through":
+            self._passing[path] = self._pass(path, port, x, axis)
+        else:
+            self._consume(path, port, x, axis)
+        mode.suspended += 1
+        try:
+            fresh = x.view_as(x)
+        finally:
+            mode.suspended -= 1
+        return fresh
+
+    def made(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        """Give labels to what a layer computed."""
+        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        axis %= x.ndim
+        if port_kind(port) == "through":
+            profile = self._passing.pop(path, None)
+            if profile is None:
+                return x
+            size = rule.port_size(layer, port)
+            if size is None:  # nothing of the layer's is per neuron
+                mode.set(x, profile if profile.shape == x.shape else None)
+                return x
+            profile = profile.repeat_interleave(x.shape[axis] // size)
+        else:
+            key: PortKey = (path, port)
+            if key not in self.ports:
+                self.ports[key] = torch.from_numpy(self.table.mint(x.shape[axis]))
+                mode.merge(self.ports[key].view(rule.tiles(layer), -1), 0, f"'{path}'")
+            profile = self.ports[key]
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        mode.set(x, profile.view(shape).expand(x.shape))
+        return x
+
+    def _pass(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor | None:
+        """The neurons that a channelwise layer passes on, as the labels of its output are made of them."""
+        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        labels, size = mode.get(x), rule.port_size(layer, port)
+        if labels is None or size is None:
+            return labels
+        profile = self._profile(f"'{path}'", x, axis)
+        if profile is None:
+            return None
+        block = rule.block(layer)
+        if block > 1 and not self._fused(profile.view(-1, block)):
+            why = "takes mean and variance over several neurons that do not lie side by side"
+            mode.bar([x], f"the {type(layer).__name__} '{path}' {why}")
+            return None
+        self._meet((path, port), profile, size)
+        return profile
+
+    def _fused(self, rows: Tensor) -> bool:
+        """Make each row of channels one neuron, which moves as a block."""
+        for row in rows.numpy():
+            if (row >= 0).any():
+                if (row < 0).any() or not self.table.fuse(row):
+                    return False
+                self.table.tie(row[:-1], row[1:])
+        return True
+
+    def _profile(self, layer: str, x: Tensor, axis: int) -> Tensor | None:
         """The labels along the neuron axis alone, or ``None`` (and a barrier) if there is more to them."""
-        labels = mode.get(tensor)
+        labels = self._mode.get(x)
         if labels is None:
             return None
-        axis = rule.neuron_axis(module, tensor) % tensor.ndim
-        if any(v for d, v in enumerate(mode.varying(labels)) if d != axis):
-            mode.bar([tensor], f"their axis is not the one along which {layer} reads neurons")
+        axis %= x.ndim
+        if any(v for d, v in enumerate(self._mode.varying(labels)) if d != axis):
+            self._mode.bar([x], f"their axis is not the one along which {layer} reads neurons")
             return None
         for d in range(labels.ndim):
             if d != axis:
                 labels = labels.narrow(d, 0, 1)
         return labels.flatten()
 
-    def _meet(self, mode: LabelMode, key: PortKey, labels: Tensor | None, size: int) -> None:
+    def _meet(self, key: PortKey, labels: Tensor | None, size: int) -> None:
         """Record what lies on a port; a layer that is called again must find the same neurons there."""
         if labels is None:
             labels = torch.full((size,), -1)
         if key in self.ports:
-            self.ports[key] = mode.unify(self.ports[key], labels, f"a second call of '{key[0]}'").clone()
+            why = f"a second call of '{key[0]}'"
+            self.ports[key] = self._mode.unify(self.ports[key], labels, why).clone()
         else:
             self.ports[key] = labels.clone()
 
-    def _consume(
-        self, mode: LabelMode, path: str, module: nn.Module, rule: LayerRule, source: Tensor
-    ) -> None:
-        size = rule.port_size(module, "in")
+    def _consume(self, path: str, port: Port, x: Tensor, axis: int) -> None:
+        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        size = rule.port_size(layer, port)
+        kind = type(layer).__name__
         if size is None:
-            mode.bar([source], f"the {type(module).__name__} '{path}' is not linear in the neurons it reads")
+            mode.bar([x], f"the {kind} '{path}' is not linear in the neurons it reads")
             return
-        labels = self._profile(mode, f"'{path}'", rule, module, source)
-        tiles = rule.tiles(module)
+        labels = self._profile(f"'{path}'", x, axis)
+        tiles = rule.tiles(layer)
         if labels is not None and len(labels) != tiles * size:
-            mode.bar([source], f"the {type(module).__name__} '{path}' reads another number of channels")
+            mode.bar([x], f"the {kind} '{path}' reads another number of channels")
             labels = None
         if labels is not None:
             labels = mode.merge(labels.view(tiles, size), 0, f"'{path}'")[0]
-        self._meet(mode, (path, "in"), labels, size)
-
-    def _produce(
-        self, mode: LabelMode, path: str, module: nn.Module, rule: LayerRule, output: Tensor
-    ) -> None:
-        key: PortKey = (path, "out")
-        axis = rule.neuron_axis(module, output) % output.ndim
-        if key not in self.ports:
-            self.ports[key] = torch.from_numpy(self.table.mint(output.shape[axis]))
-            mode.merge(self.ports[key].view(rule.tiles(module), -1), 0, f"'{path}'")
-        shape = [1] * output.ndim
-        shape[axis] = -1
-        mode.set(output, self.ports[key].view(shape).expand(output.shape))
-
-    def _pass_through(
-        self,
-        mode: LabelMode,
-        path: str,
-        module: nn.Module,
-        rule: LayerRule,
-        source: Tensor,
-        output: Tensor,
-    ) -> None:
-        labels = mode.get(source)
-        size = rule.port_size(module, "through")
-        if labels is None or size is None:  # no neurons, or nothing of the layer's is per neuron
-            mode.set(output, None if labels is None or output.shape != source.shape else labels)
-            return
-        profile = self._profile(mode, f"'{path}'", rule, module, source)
-        if profile is not None:
-            self._meet(mode, (path, "through"), profile, size)
-            axis = rule.neuron_axis(module, output) % output.ndim
-            shape = [1] * output.ndim
-            shape[axis] = -1
-            profile = profile.repeat_interleave(output.shape[axis] // size)
-            mode.set(output, profile.view(shape).expand(output.shape))
+        self._meet((path, port), labels, size)
 
     # what it comes to ------------------------------------------------------------------------------
 
@@ -327,29 +357,36 @@ class _Tracer:
     def _group(
         self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
     ) -> ChannelGroup:
-        by_port = {port: tuple(path for path, p in keys if p == port) for port in ("out", "through", "in")}
+        by_kind = {
+            kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
+            for kind in ("out", "through", "in")
+        }
         theta, params, macs = [], 0, 0.0
         rank = np.full(self.table.size, -1)
         rank[members] = np.arange(len(members))
-        for path, port in keys:
+        for path in dict.fromkeys(path for path, _ in keys):
             module = self.model.get_submodule(path)
-            rows = _rows(ports[path, port], rank, len(members))
+            mine = {port for p, port in keys if p == path}
             for name, (tensor, axes) in layer_tensors(module).items():
-                for axis in (a for a, p in axes.items() if p == port):
-                    multiple = tensor.shape[axis] // len(ports[path, port].neuron)
-                    size = multiple * rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
-                    if isinstance(tensor, nn.Parameter):
-                        params += size
-                        macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
-                        if port == "out":
-                            theta.append(ThetaBlock(path, name, axis, rows, size))
+                for axis, blocks in axes.items():
+                    found = [
+                        _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
+                    ]
+                    if not found or not isinstance(tensor, nn.Parameter):
+                        continue
+                    rows = np.concatenate(found, axis=1)
+                    size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
+                    params += size
+                    macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
+                    if any(port_kind(b.port) == "out" for b in blocks):
+                        theta.append(ThetaBlock(path, name, axis, rows, size))
         return ChannelGroup(
-            name=by_port["out"][0] or "(root)",
+            name=by_kind["out"][0] or "(root)",
             width=len(members),
             dim=sum(block.size for block in theta),
-            producers=by_port["out"],
-            channelwise=by_port["through"],
-            consumers=by_port["in"],
+            producers=by_kind["out"],
+            channelwise=by_kind["through"],
+            consumers=by_kind["in"],
             params=params,
             macs=macs,
             neurons=tuple(members),
@@ -381,26 +418,17 @@ class _Tracer:
             if reason is None:
                 continue
             for path, name in places:
-                axes: Mapping[int, Port] = {}
-                if path in self.rules:
-                    axes = self.rules[path].axes(self.model.get_submodule(path)).get(name, {})
-                for port in axes.values():
+                _, axes = layer_tensors(self.model.get_submodule(path)).get(name, (None, {}))
+                for port in {block.port for blocks in axes.values() for block in blocks}:
                     ids = self.ports.get((path, port))
                     if ids is not None:
                         self.table.bar(ids.tolist(), f"the weight '{path}.{name}' {reason}")
 
 
-def _rows(port: PortMap, rank: Index, width: int) -> Index:
-    """Positions on the port that each neuron of the group owns, ``(width, r)``, in order."""
+def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:
+    """Entries of a tensor's axis that each neuron of a group owns in one block, ``(width, r)``, in order."""
     owner = np.where(port.neuron >= 0, rank[port.neuron], -1)
+    owner = np.repeat(owner, block.multiple)
     positions = np.flatnonzero(owner >= 0)
     positions = positions[np.argsort(owner[positions], kind="stable")]
-    return positions.reshape(width, -1)
-
-
-def _batch_size(example: Any) -> int:
-    """Leading dimension of the first tensor with dimensions: the number of samples in a batch."""
-    for tensor in tensors_in(example):
-        if tensor.ndim:
-            return max(1, tensor.shape[0])
-    return 1
+    return block.start + positions.reshape(width, -1)

@@ -1,30 +1,41 @@
-"""Proof by trial: after widening, every layer must read what it read before, with split channels doubled.
+"""Proof by trial: after widening, every layer must read what it read before, with split channels repeated.
 
-Copies alone do not show which of two offspring stands where, so a second trial splits into the neuron itself
-and a *ghost*: an offspring of weight zero with other incoming weights, which nobody may notice.
+A trial split has two copies with unequal weights, which would not hide a wrong column, and a *ghost*: an
+offspring of weight zero with other incoming weights, which nobody may notice. It shows which of the offspring
+stands where.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_split.architecture import Architecture, ChannelGroup
-from lightning_split.layers import Port, keeps_batch_statistics, rule_for
-from lightning_split.measuring import tensors_in, undisturbed
+from lightning_split.layers import Port, layer_tensors
+from lightning_split.marking import Watcher, watched
+from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
 from lightning_split.surgery import Split, Surgery
 
-__all__ = ["Readings", "readings", "verified", "what_broke"]
+__all__ = ["Readings", "Run", "batch_size", "readings", "verified", "what_broke"]
 
-Run = Callable[[nn.Module], Any]
-Read = tuple[Tensor, Tensor]  # weighted sum and norm of each position on a port, (size,) each
+Run = Callable[[nn.Module, Any], Any]  # run(model, example)
+
+_SAMPLES = 2  # in a trial that compares values
+_MAX_MACS = 5e10  # of one such pass; a larger network is compared on the check batch of each growth
+
+
+class Read(NamedTuple):
+    """What was read at one place."""
+
+    size: int  # number of positions on the port
+    values: tuple[Tensor, Tensor] | None = None  # weighted sum and norm of each, (size,)
 
 
 @dataclass
@@ -36,48 +47,43 @@ class Readings:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def readings(model: nn.Module, arch: Architecture, run: Run) -> Readings:
-    """Run the model and note what each layer reads.
+class _Reader(Watcher):
+    def __init__(self, found: Readings, values: bool) -> None:
+        self._found = found
+        self._values = values
+        self._count: dict[tuple[str, Port], int] = defaultdict(int)
+
+    def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        key = (path, port, self._count[path, port])
+        self._count[path, port] += 1
+        self._found.calls[key] = _read(x.detach().movedim(axis, 0), self._values)
+        return x
+
+
+def readings(model: nn.Module, run: Callable[[nn.Module], Any], *, values: bool = True) -> Readings:
+    """Run the model and note what each layer with a rule reads.
 
     Args:
         model: The model, in the mode it is to be run in.
-        arch: Says which layers have neurons on their input.
         run: Calls the model.
+        values: Whether to note values, or sizes only.
     """
     found = Readings()
-    count: dict[tuple[str, Port], int] = defaultdict(int)
-
-    def listen(path: str, port: Port) -> Callable[..., None]:
-        def note(layer: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = tensors_in((args, kwargs))
-            rule = rule_for(layer)
-            if tensors and rule is not None:
-                axis = rule.neuron_axis(layer, tensors[0])
-                key = (path, port, count[path, port])
-                count[path, port] += 1
-                found.calls[key] = _read(tensors[0].detach().movedim(axis, 0))
-
-        return note
-
-    with ExitStack() as stack:
-        for path, port in arch.ports:
-            if port != "out":
-                layer = model.get_submodule(path)
-                handle = layer.register_forward_pre_hook(listen(path, port), with_kwargs=True)
-                stack.callback(handle.remove)
-        with torch.enable_grad():
-            output = run(model)
+    with watched(model, _Reader(found, values)):
+        output = run(model)
     for tensor in tensors_in(output):
         found.shapes.append(tuple(tensor.shape))
-        found.outputs.append(_read(tensor.detach().reshape(1, -1)))
+        found.outputs.append(_read(tensor.detach().reshape(1, -1), values))
     return found
 
 
-def _read(rows: Tensor) -> Read:
+def _read(rows: Tensor, values: bool) -> Read:
+    if not values:
+        return Read(rows.shape[0])
     flat = rows.reshape(rows.shape[0], -1)
     flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     probe = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype) * 1.7 + 0.3)
-    return flat @ probe, flat.norm(dim=1)
+    return Read(len(flat), (flat @ probe, flat.norm(dim=1)))
 
 
 def what_broke(
@@ -97,43 +103,47 @@ def what_broke(
         surgery: The growth.
         compare_outputs: Whether the outputs' values count.
         compare_values: Whether any values count, or only sizes (a run with random dropout, say).
-        ghosts: Whether only the first offspring of each neuron carries the neuron's values.
+        ghosts: Whether the last offspring of each neuron has other values than the neuron.
     """
     for key, read in before.calls.items():
         path, port, _ = key
+        if not surgery.knows(path, port):
+            continue  # in a branch that tracing did not see
         new = after.calls.get(key)
         if new is None:
             if not compare_values:
                 continue  # layers that are dropped at random
             return f"after growth '{path}' is no longer called"
-        index = surgery.layout(path, port)
-        old = read
+        index, size = surgery.layout(path, port), read.size
         if index is not None:  # a grouped convolution reads several copies of its port side by side
-            size = surgery.port_size(path, port)
-            tiles = torch.arange(len(read[0]) // size)[:, None] * size
-            index = (tiles + index).flatten().to(read[0].device)
-            old = (read[0][index], read[1][index])
-        if len(new[0]) != len(old[0]):
+            tiles = torch.arange(read.size // surgery.port_size(path, port)) * surgery.port_size(path, port)
+            size = len(tiles) * len(index)
+        if new.size != size:
             return (
-                f"after growth '{path}' would read {len(new[0])} channels instead of {len(old[0])} (does the "
+                f"after growth '{path}' would read {new.size} channels instead of {size} (does the "
                 "forward pass hard-code a size?)"
             )
-        if ghosts and index is not None:  # the first of equal positions is the neuron itself
-            first = torch.ones(len(index), dtype=torch.bool, device=index.device)
-            first[1:] = index[1:] > index.cummax(0).values[:-1]
-            old, new = (old[0][first], old[1][first]), (new[0][first], new[1][first])
-        if compare_values and not _agree(old, new):
+        if not compare_values or read.values is None or new.values is None:
+            continue
+        old, now = read.values, new.values
+        if index is not None:
+            place = (tiles[:, None] + index).flatten().to(old[0].device)
+            old = (old[0][place], old[1][place])
+            if ghosts:
+                alive = surgery.alive(path, port).repeat(len(tiles)).to(place.device)
+                old, now = (old[0][alive], old[1][alive]), (now[0][alive], now[1][alive])
+        if not _agree(old, now):
             return f"after growth '{path}' would no longer read the same values in the same places"
     if before.shapes != after.shapes:
         return "after growth the output has another shape"
     if compare_outputs and compare_values:
-        for old, new in zip(before.outputs, after.outputs, strict=True):
-            if not _agree(old, new):
+        for was, now_is in zip(before.outputs, after.outputs, strict=True):
+            if was.values and now_is.values and not _agree(was.values, now_is.values):
                 return "after growth the output has other values"
     return None
 
 
-def _agree(old: Read, new: Read) -> bool:
+def _agree(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> bool:
     """Equal up to the rounding that another order of summation brings."""
     tolerance = 1e-7 if old[0].dtype == torch.float64 else 2e-3
     scale = old[1].max().clamp_min(torch.finfo(old[1].dtype).tiny)
@@ -142,56 +152,51 @@ def _agree(old: Read, new: Read) -> bool:
     return all(bool(((a - b).abs() <= tolerance * scale).all()) for a, b in zip(old, new, strict=True))
 
 
-def verified(model: nn.Module, arch: Architecture, run: Run, *, compare_outputs: bool = True) -> Architecture:
+def verified(
+    model: nn.Module,
+    arch: Architecture,
+    run: Run,
+    example: Any,
+    outline: Any,
+    *,
+    compare_outputs: bool = True,
+) -> Architecture:
     """The architecture, less the groups whose neurons do not survive a real split.
 
-    One neuron of every group is split, all at once: into copies, into itself and a ghost, and into copies in
-    training mode, whose branches may fix other sizes (values are random there, so only sizes count). Only if
-    that fails are the culprits searched by halving. Costs five forward passes if all is well. The model is
-    left as it was.
+    One neuron of every group is split, all at once. First only the sizes are tried, in both modes, on
+    tensors without values, which costs next to nothing; then the values, in eval mode, on a few samples.
+    Where a trial fails the culprits are searched by halving. The model is left as it was.
+
+    Args:
+        model: The model.
+        arch: What tracing found.
+        run: Runs the model on an example.
+        example: The example.
+        outline: The same without values, or with them if the model cannot do without.
+        compare_outputs: Whether the values of the output may not change either.
     """
-    if not arch.groups:
-        return arch
-    with _mode(model, train=False):
-        expected = {False: readings(model, arch, run)}
-    try:
-        with _mode(model, train=True):
-            expected[True] = readings(model, arch, run)
-    except Exception:
-        expected.pop(True, None)  # training mode may need other inputs; Architecture.note says so
+    for train in (model.training, not model.training):
+        trial = _Trial(model, run, outline, train=train, hollow=outline is not example)
+        arch = _without_culprits(arch, trial)
+    size = batch_size(example)
+    few = _few_samples(example, size)
+    if _macs(model, arch) * min(size, _SAMPLES) > _MAX_MACS:
+        note = (
+            "The network is large, so the trial splits compared sizes only; values are compared on the first "
+            "batch of each growth."
+        )
+        return replace(arch, note=f"{arch.note} {note}".strip())
+    trial = _Trial(model, run, few, train=False, values=True, compare_outputs=compare_outputs)
+    if trial.expected is None:
+        trial = _Trial(model, run, example, train=False, values=True, compare_outputs=compare_outputs)
+    return _without_culprits(arch, trial)
 
-    def trial(groups: Sequence[ChannelGroup]) -> str | None:
-        for train, ghosts in ((False, False), (False, True), (True, False)):
-            before = expected.get(train)
-            if before is None:
-                continue
-            splits = [_trial_split(model, group, ghosts) for group in groups]
-            with _mode(model, train=train):
-                surgery = Surgery(model, splits, arch)
-                surgery.apply()
-                try:
-                    surgery.displace()
-                    after = readings(model, arch, run)
-                except Exception as error:
-                    # The user's forward pass failed at the new width; whatever it raised is the reason.
-                    first = str(error).strip().splitlines() or [type(error).__name__]
-                    return f"after growth the forward pass fails: {first[0]}"
-                finally:
-                    surgery.revert()
-            why = what_broke(
-                *(before, after, surgery),
-                compare_outputs=compare_outputs,
-                compare_values=not train,
-                ghosts=ghosts,
-            )
-            if why is not None:
-                return why
-        return None
 
+def _without_culprits(arch: Architecture, trial: _Trial) -> Architecture:
     reasons: dict[str, str] = {}
 
     def search(groups: Sequence[ChannelGroup]) -> None:
-        why = trial(groups) if groups else None
+        why = trial(arch, groups) if groups else None
         if why is None:
             return
         if len(groups) == 1:
@@ -205,24 +210,94 @@ def verified(model: nn.Module, arch: Architecture, run: Run, *, compare_outputs:
     return arch.without(reasons) if reasons else arch
 
 
-@contextmanager
-def _mode(model: nn.Module, *, train: bool) -> Iterator[None]:
-    with undisturbed(model, train=train):
-        for layer in model.modules():
-            if keeps_batch_statistics(layer):
-                layer.eval()  # one sample per channel is too few for statistics
-        yield
+class _Trial:
+    """One way to run the model, before and after trial splits."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        example: Any,
+        *,
+        train: bool,
+        hollow: bool = False,
+        values: bool = False,
+        compare_outputs: bool = False,
+    ) -> None:
+        self._model, self._run, self._example = model, run, example
+        self._train, self._hollow, self._values = train, hollow, values
+        self._compare_outputs = compare_outputs
+        self._graph = hollow  # whether passes record what backward would need
+        self.expected: Readings | None = None  # None if the model does not run in this way
+        for graph in dict.fromkeys((hollow, True)):  # a pass may differentiate inside
+            self._graph = graph
+            try:
+                self.expected = self._pass()
+                break
+            except Exception:
+                continue  # this mode may need other inputs; Architecture.note says so
+
+    def __call__(self, arch: Architecture, groups: Sequence[ChannelGroup]) -> str | None:
+        """Why these groups cannot be split together, or ``None`` if they can."""
+        if self.expected is None:
+            return None
+        splits = [_trial_split(self._model, group) for group in groups]
+        surgery = Surgery(self._model, splits, arch, hollow=self._hollow)
+        surgery.apply()
+        try:
+            if self._values:
+                surgery.displace()
+            after = self._pass()
+        except Exception as error:
+            # The user's forward pass failed at the new width; whatever it raised is the reason.
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            return f"after growth the forward pass fails: {first[0]}"
+        finally:
+            surgery.revert()
+        return what_broke(
+            *(self.expected, after, surgery),
+            compare_outputs=self._compare_outputs,
+            compare_values=self._values,
+            ghosts=True,
+        )
+
+    def _pass(self) -> Readings:
+        with undisturbed(self._model, train=self._train), torch.set_grad_enabled(self._graph):
+            fixed_statistics(self._model)
+            return readings(self._model, lambda m: self._run(m, self._example), values=self._values)
 
 
-def _trial_split(model: nn.Module, group: ChannelGroup, ghost: bool) -> Split:
-    """A split in the middle of the group, whose unequal weights would not hide a wrong column."""
-    neuron = (group.width - 1) // 2
-    if not ghost:
-        return Split(group.name, neuron, (2.0, -1.0), torch.zeros(2, group.dim))
+def _macs(model: nn.Module, arch: Architecture) -> float:
+    """Multiply-accumulates of the layers with a rule, for one sample."""
+    return sum(
+        uses * tensor.numel()
+        for path, uses in arch.uses.items()
+        for tensor, _ in layer_tensors(model.get_submodule(path)).values()
+        if tensor.ndim > 1
+    )
+
+
+def batch_size(example: Any) -> int:
+    """Leading dimension of the first tensor with dimensions: the number of samples in a batch."""
+    return next((max(1, t.shape[0]) for t in tensors_in(example) if t.ndim), 1)
+
+
+def _few_samples(example: Any, size: int) -> Any:
+    """The first samples of a batch, if its tensors have samples along their first axis."""
+    return tree_map_only(
+        Tensor, lambda t: t[:_SAMPLES] if t.ndim and t.shape[0] == size > _SAMPLES else t, example
+    )
+
+
+def _trial_split(model: nn.Module, group: ChannelGroup) -> Split:
+    """A split in the middle of the group."""
     generator = torch.Generator().manual_seed(0)
     parts = []
     for block in group.theta:
         size = float(model.get_submodule(block.module).get_parameter(block.tensor).detach().abs().mean())
         size = size + 1e-2 if math.isfinite(size) else 1.0
         parts.append(size * torch.randn(block.size, generator=generator))
-    return Split(group.name, neuron, (1.0, 0.0), torch.stack([torch.zeros(group.dim), torch.cat(parts)]))
+    still = torch.zeros(group.dim)
+    return Split(
+        group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), torch.stack([still, still, torch.cat(parts)])
+    )

@@ -1,0 +1,88 @@
+"""Run a model while something watches where its layers read neurons and where they make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_split.layers import LayerRule, Port, rule_for
+
+__all__ = ["Watcher", "watched"]
+
+
+class Watcher:
+    """Sees every place where neurons are read or made; this one changes nothing."""
+
+    def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        """The layer at ``path`` reads ``x``, with neurons along ``axis``; it goes on with the result."""
+        return x
+
+    def made(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
+        """The layer at ``path`` has made the neurons of a port; it goes on with the result."""
+        return x
+
+    def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
+        """The whole call of one layer; ``call()`` runs it, marks and all."""
+        return call()
+
+
+@contextmanager
+def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Inside, every layer with a rule runs as :meth:`LayerRule.forward` says, and the watcher is told.
+
+    Layers inside a layer whose own ``forward`` runs are that layer's business and not watched. The inference
+    kernels that would pass over a Transformer's layers are off.
+    """
+    sealed = [0]  # > 0 while a layer's own forward runs
+    rules = {path: (layer, rule) for path, layer in model.named_modules() if (rule := rule_for(layer))}
+    kernels = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for path, (layer, rule) in rules.items():
+            # An attribute of the instance goes before the method of the class.
+            layer.__dict__["forward"] = partial(_run, sealed, watcher, path, layer, rule)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(kernels)
+        for layer, _ in rules.values():
+            layer.__dict__.pop("forward", None)
+
+
+def _run(
+    sealed: list[int],
+    watcher: Watcher,
+    path: str,
+    layer: nn.Module,
+    rule: LayerRule,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if sealed[0]:
+        return type(layer).forward(layer, *args, **kwargs)
+    marks = _Marks(sealed, watcher, path, layer)
+    return watcher.around(path, layer, args, kwargs, lambda: rule.forward(layer, marks, *args, **kwargs))
+
+
+class _Marks:
+    """What a rule's forward speaks to: the watcher, at one layer."""
+
+    def __init__(self, sealed: list[int], watcher: Watcher, path: str, layer: nn.Module) -> None:
+        self._sealed, self._watcher, self._path, self._layer = sealed, watcher, path, layer
+
+    def read(self, port: Port, x: Tensor, axis: int) -> Tensor:
+        return self._watcher.read(self._path, port, x, axis)
+
+    def made(self, port: Port, x: Tensor, axis: int) -> Tensor:
+        return self._watcher.made(self._path, port, x, axis)
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        self._sealed[0] += 1
+        try:
+            return type(self._layer).forward(self._layer, *args, **kwargs)
+        finally:
+            self._sealed[0] -= 1
