@@ -205,7 +205,11 @@ class SplittingOperator:
         with self._running(tap):
             loss = self._loss_fn(self._model, batch)
             check_loss(loss, number)
-            wanted = [t for t in taps if t.requires_grad]
+            seen, calls = (
+                list(taps),
+                list(self._consumer_calls),
+            )  # a checkpointed layer runs again in backward
+            wanted = [t for t in seen if t.requires_grad]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
         if not any(g is not None for g in grads):
             raise ValueError(
@@ -213,8 +217,8 @@ class SplittingOperator:
                 "splitting; check that loss_fn uses the output of the model."
             )
         found = iter(grads)
-        cotangents = [next(found) if t.requires_grad else None for t in taps]
-        for name, c in zip(self._consumer_calls, cotangents, strict=True):
+        cotangents = [next(found) if t.requires_grad else None for t in seen]
+        for name, c in zip(calls, cotangents, strict=True):
             if c is not None and not bool(torch.isfinite(c).all()):
                 raise ValueError(
                     f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the "

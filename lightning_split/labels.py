@@ -95,6 +95,19 @@ class NeuronTable:
         return neuron, self._runs.copy(), reasons
 
 
+class BookKeeping:
+    """Inside, operators on labels pass by all modes; they are our own business, and many."""
+
+    def __enter__(self) -> None:
+        self._guards = torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction()
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*error)
+
+
 class ChunkMode(TorchFunctionMode):
     """Tells a :class:`LabelMode` when a split comes from ``chunk``, which operators below cannot tell."""
 
@@ -120,10 +133,15 @@ class LabelMode(TorchDispatchMode):
         table: Receives ties, fusions and barriers.
         where: Says where in the model execution stands; used in the reasons.
         handler_of: What each operator does to labels (:func:`lightning_split.operators.handler_of`).
+        follow: Is shown what each operator returns.
     """
 
     def __init__(
-        self, table: NeuronTable, where: Callable[[], str], handler_of: Callable[[Any], Handler]
+        self,
+        table: NeuronTable,
+        where: Callable[[], str],
+        handler_of: Callable[[Any], Handler],
+        follow: Callable[[Any], None] = lambda out: None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
@@ -133,6 +151,7 @@ class LabelMode(TorchDispatchMode):
         self.leaked: dict[int, str] = {}  # id of a parameter -> the contraction that used it by itself
         self.where = where
         self._handler_of = handler_of
+        self._follow = follow
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -219,6 +238,7 @@ class LabelMode(TorchDispatchMode):
         kwargs = kwargs or {}
         mutated = [a for a in _mutated(func, args, kwargs) if not self.suspended]
         out = func(*args, **kwargs)
+        self._follow(out)
         if self.suspended:
             return out
         inputs = [t for t in tree_leaves((list(args), kwargs)) if isinstance(t, Tensor)]
@@ -228,9 +248,13 @@ class LabelMode(TorchDispatchMode):
         if not any(self.get(t) is not None for t in inputs):
             return out
         before = [(t, self.get(t)) for t in mutated]
-        self._handler_of(func)(self, func, name, args, kwargs, inputs, out)
-        for tensor, labels in before:
-            self._check_write(name, tensor, labels)
+        with torch._C.DisableTorchFunction():
+            if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass
+                self.bar(inputs, _DIFFERENTIATED)
+            else:
+                self._handler_of(func)(self, func, name, args, kwargs, inputs, out)
+            for tensor, labels in before:
+                self._check_write(name, tensor, labels)
         return out
 
     def _check_write(self, name: str, tensor: Tensor, before: Tensor | None) -> None:
@@ -301,6 +325,11 @@ def _mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Ten
             found += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
     return found
 
+
+_DIFFERENTIATED = (
+    "the pass differentiates the network (a gradient penalty, say), which splitting matrices do not cover; a "
+    "loss_fn without that term lets them grow"
+)
 
 # Names of operators through which a weight stays the weight, and of those that use it like a layer does.
 _MOVES = {

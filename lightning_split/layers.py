@@ -74,6 +74,7 @@ class LayerRule(ABC):
     """
 
     role: ClassVar[Literal["mixer", "channelwise"]]
+    keeps_shape: ClassVar[bool] = False  # whether the output always has the shape of the input
 
     @abstractmethod
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
@@ -276,11 +277,15 @@ class _Refused(LayerRule):
 
     role = "mixer"
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, rule: LayerRule | None = None) -> None:
         self._reason = reason
+        self._rule = rule  # what would hold if the layer could be grown
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {}
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        return 1 if self._rule is None else self._rule.neuron_axis(layer, activation)
 
     def refusal(self, layer: nn.Module) -> str | None:
         return self._reason
@@ -291,12 +296,15 @@ def _refused(rule: LayerRule, layer: nn.Module) -> LayerRule:
     if isinstance(rule, _Refused):
         return rule
     if parametrize.is_parametrized(layer):
-        return _Refused("its weights are parametrized (torch.nn.utils.parametrize)")
+        return _Refused("its weights are parametrized (torch.nn.utils.parametrize)", rule)
     for name in rule.axes(layer):
         if name not in layer._parameters and name not in layer._buffers:
             return _Refused(
-                f"its tensor '{name}' is computed from others (pruning, weight norm or spectral norm)"
+                f"its tensor '{name}' is computed from others (pruning, weight norm or spectral norm)", rule
             )
+        tensor = _tensor(layer, name)
+        if tensor is not None and tensor.is_complex():
+            return _Refused("its weights are complex, and splitting matrices are those of real weights", rule)
     return rule
 
 
@@ -375,6 +383,8 @@ class _DepthwiseConv(_Channelwise):
 
 
 class _BatchNormRule(_Channelwise):
+    keeps_shape = True
+
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         names = ("weight", "bias", "running_mean", "running_var")
         return {name: {0: "through"} for name in names}
@@ -387,12 +397,14 @@ class _BatchNormRule(_Channelwise):
 class _GroupNormRule(_Channelwise):
     """Mean and variance over each group of channels: a neuron is a whole group, and groups become more."""
 
+    keeps_shape = True
+
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}
 
     def port_size(self, layer: nn.Module, port: Port) -> int | None:
         assert isinstance(layer, nn.GroupNorm)
-        return layer.num_channels if layer.weight is None else len(layer.weight)
+        return layer.num_channels if layer._parameters.get("weight") is None else len(layer.weight)
 
     def block(self, layer: nn.Module) -> int:
         assert isinstance(layer, nn.GroupNorm)
@@ -404,7 +416,7 @@ class _GroupNormRule(_Channelwise):
         layer.num_channels, layer.num_groups = sizes["through"], sizes["through"] // size
 
     def refusal(self, layer: nn.Module) -> str | None:
-        if not any(True for _ in layer.parameters(recurse=False)):
+        if not list(layer.parameters(recurse=False)):
             return "a group normalisation without weights could not be fitted to a checkpoint again"
         return None
 
@@ -416,6 +428,8 @@ class _InstanceNormRule(_BatchNormRule):
 
 
 class _PReLU(_Channelwise):
+    keeps_shape = True
+
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         assert isinstance(layer, nn.PReLU)
         return {"weight": {0: "through"}} if layer.num_parameters > 1 else {}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 from lightning_split.layers import keeps_batch_statistics
 
-__all__ = ["fixed_statistics", "isolated_rng", "outline_of", "tensors_in", "undisturbed"]
+__all__ = ["fixed_statistics", "isolated_rng", "tensors_in", "undisturbed"]
 
 
 @contextmanager
@@ -123,12 +121,25 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
                 p.copy_(weight)
 
 
-def _contents(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in a value, itself included, with a copy of what it holds."""
-    if type(value) not in _CONTAINERS:
+def _contents(value: Any, depth: int = 4) -> list[tuple[Any, Any]]:
+    """Every container in a value, itself included, with a copy of what it holds; helper objects count."""
+    if depth == 0:
         return []
+    if type(value) not in _CONTAINERS:
+        if isinstance(value, (*_ATOMS, nn.Module, Tensor)) or not _is_helper(value):
+            return []
+        value = vars(value)
     inner = value.values() if isinstance(value, dict) else value
-    return [(value, copy(value)), *(saved for item in inner for saved in _contents(item))]
+    return [(value, copy(value)), *(saved for item in inner for saved in _contents(item, depth - 1))]
+
+
+def _is_helper(value: Any) -> bool:
+    """Whether an object is one of the user's that a module keeps for its own use."""
+    origin = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and origin not in _LIBRARIES
+
+
+_LIBRARIES = {"builtins", "torch", "numpy", "lightning", "pytorch_lightning", "lightning_fabric", "functools"}
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -151,31 +162,33 @@ def fixed_statistics(model: nn.Module) -> None:
             layer.eval()
 
 
-def outline_of(example: Any) -> Any:
-    """The same nested tuples, lists and dicts with tensors that have shapes but no values.
-
-    A pass over them computes nothing and takes no memory; operators whose result depends on a value raise
-    an error. What a pass makes without reading these tensors (a table of positions, kept for later) is real.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def hollow(tensor: Tensor) -> Tensor:
-        fake: Tensor = mode.from_tensor(tensor, static_shapes=True)
-        return fake
-
-    return tree_map_only(Tensor, hollow, example)
-
-
-def tensors_in(value: Any, depth: int = 6) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Tensors in nested tuples, lists, dicts, dataclasses and plain objects, in order."""
+    return list(_tensors_in(value, set()))
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
-    if depth == 0 or value is None or isinstance(value, (str, bytes, int, float, nn.Module)):
-        return []
+        yield value
+        return
+    if value is None or isinstance(value, (*_ATOMS, nn.Module)) or id(value) in seen or len(seen) > 10_000:
+        return
+    seen.add(id(value))
+    items: list[Any]
     if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, f.name) for f in dataclasses.fields(value)]
-    elif not isinstance(value, (tuple, list, set)):
-        value = list(getattr(value, "__dict__", {}).values())
-    return [t for item in value for t in tensors_in(item, depth - 1)]
+        items = list(value.values())
+    elif isinstance(value, (tuple, list, set, frozenset, deque)):
+        items = list(value)
+    else:
+        slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
+        items = [getattr(value, name) for name in slots if hasattr(value, name)]
+        items += list(getattr(value, "__dict__", {}).values())
+    for item in items:
+        yield from _tensors_in(item, seen)
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+_ATOMS = (str, bytes, int, float, complex, type, ModuleType, FunctionType, torch.dtype, torch.device)

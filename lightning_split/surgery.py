@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture, ChannelGroup, PortMap
+from lightning_split.architecture import Architecture, ChannelGroup, Index, PortMap
 from lightning_split.layers import Block, Port, layer_tensors, port_kind, port_sizes, rule_for
 
 __all__ = ["AxisMap", "Replacement", "Split", "Surgery", "split_neurons"]
@@ -119,7 +119,12 @@ class Surgery:
         self._undo: list[Callable[[], Any]] = []
         _check_splits(arch, splits)
         self._splits = tuple(splits)
-        self._number = {arch.group(s.group).neurons[s.neuron]: n for n, s in enumerate(self._splits)}
+        # Number of the split of each neuron id, -1 for none; the last entry stands for "no neuron" (-1).
+        self._number = np.full(
+            2 + max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=0), -1
+        )
+        for n, split in enumerate(self._splits):
+            self._number[arch.group(split.group).neurons[split.neuron]] = n
         with torch.no_grad():
             self._prepare()
 
@@ -206,26 +211,26 @@ class Surgery:
                 self._put += [(store, key, new) for store, key in sites[id(tensor)]]
 
     def _touched(self, port: PortMap) -> bool:
-        return bool(np.isin(port.neuron, list(self._number)).any())
+        return bool((self._number[port.neuron] >= 0).any())
 
     def _port_growth(self, port: PortMap) -> _PortGrowth:
         """New layout of one port: each run of a split neuron is repeated as a block per offspring."""
         neuron, run = port
-        size = len(neuron)
         starts = np.flatnonzero(np.r_[True, (neuron[1:] != neuron[:-1]) | (run[1:] != run[:-1])])
-        index, factor, split, ordinal = [], [], [], []
-        for start, stop in zip(starts, np.r_[starts[1:], size], strict=True):
-            block = np.arange(start, stop)
-            number = self._number.get(int(neuron[start]), -1)
-            weights = self._splits[number].weights if number >= 0 else (1.0,)
-            for i, w in enumerate(weights):
-                index.append(block)
-                factor.append(np.full(len(block), w))
-                split.append(np.full(len(block), number))
-                ordinal.append(np.full(len(block), i))
-        return _PortGrowth(
-            *(torch.from_numpy(np.concatenate(part)) for part in (index, factor, split, ordinal))
-        )
+        lengths = np.diff(np.r_[starts, len(neuron)])
+        number = self._number[neuron[starts]]
+        offspring = np.array([*(len(s.weights) for s in self._splits), 1])[number]
+        # One entry per block, then one per position: run, and position in it, counted from its first.
+        block = np.repeat(np.arange(len(starts)), offspring)
+        ordinal = _count(offspring)
+        length = lengths[block]
+        index = np.repeat(starts[block], length) + _count(length)
+        split = number[block]
+        weights = np.ones(len(block))
+        for i in np.flatnonzero(split >= 0):
+            weights[i] = self._splits[split[i]].weights[ordinal[i]]
+        parts = (np.repeat(part, length) for part in (weights, split, ordinal))
+        return _PortGrowth(torch.from_numpy(index), *map(torch.from_numpy, parts))
 
     def _grown(
         self,
@@ -329,6 +334,12 @@ def _known_group(arch: Architecture, name: str) -> ChannelGroup:
         return arch.group(name)
     except KeyError as error:
         raise ValueError(error.args[0]) from None
+
+
+def _count(lengths: Index) -> Index:
+    """``0 … n - 1`` for each of the lengths, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 def _stretched(growth: _PortGrowth | None, block: Block) -> _PortGrowth:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
-from lightning_split.labels import ChunkMode, LabelMode, NeuronTable
+from lightning_split.labels import BookKeeping, ChunkMode, LabelMode, NeuronTable
 from lightning_split.layers import (
     Block,
     LayerRule,
@@ -32,13 +32,14 @@ from lightning_split.layers import (
     rule_for,
 )
 from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import fixed_statistics, outline_of, tensors_in, undisturbed
+from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
 from lightning_split.operators import handler_of
-from lightning_split.verification import Run, batch_size, verified
+from lightning_split.outlines import Outline
+from lightning_split.verification import Readings, Run, batch_size, verified_sizes, verified_values
 
 __all__ = ["trace", "trace_step"]
 
-_REFUSED_IN_USE = "no layer reads them"
+_REFUSED_IN_USE = "no layer that tracing sees reads them"
 
 
 def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
@@ -98,64 +99,112 @@ def _trace(
                 f"The layer '{path}' is lazy and has no weights yet; run the model on one batch before "
                 "tracing it."
             )
-    outline = outline_of(example)
-    tracer = _Tracer(model, batch_size(example))
-    mode, note = model.training, ""
+    if any(t.ndim and not t.shape[0] for t in tensors_in(example)[:1]):
+        raise ValueError(
+            "The example batch is empty, and nothing can be seen in it; trace a batch with samples."
+        )
+    outline = Outline(example)
     try:
-        tracer.run(run, outline, output_reason, train=mode)
+        tracer, note = _labelled(model, run, example, outline, output_reason)
+        arch = tracer.architecture()
+        arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
+        arch = verified_sizes(
+            model, arch, run, tracer.example, tracer.seen, hollow=tracer.example is not example
+        )
+        del tracer
+    finally:
+        outline.forget()
+    return verified_values(model, arch, run, example, compare_outputs=compare_outputs)
+
+
+def _labelled(
+    model: nn.Module, run: Run, example: Any, outline: Outline, output_reason: str
+) -> tuple[_Tracer, str]:
+    """What labels tell in both modes, and a note on what could not be seen."""
+
+    def tracer_of(example: Any) -> _Tracer:
+        return _Tracer(model, run, example, batch_size(example), output_reason, outline.follow)
+
+    mode, tracer = model.training, tracer_of(outline.example)
+    try:
+        tracer.run(train=mode)
     except Exception:
         # Control flow that depends on values, say; if it is the user's error, it comes again.
-        outline, tracer = example, _Tracer(model, batch_size(example))
-        tracer.run(run, example, output_reason, train=mode)
+        tracer = tracer_of(example)
+        tracer.run(train=mode, graph=True)
+    tracer.count_uses = False
     try:
         try:
-            tracer.run(run, outline, output_reason, train=not mode, count_uses=False)
+            tracer.run(train=not mode, graph=tracer.example is example)
         except Exception:
-            tracer.run(run, example, output_reason, train=not mode, count_uses=False)
+            tracer.example = example
+            tracer.run(train=not mode, graph=True)
     except Exception as error:
         # The other mode may need other inputs (targets, say), so its failure is told, not raised.
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         other = "eval" if mode else "training"
-        note = f"Branches used in {other} mode only were not seen, because a pass in that mode fails: {what}"
-    arch = dataclasses.replace(tracer.architecture(), note=note)
-    return verified(model, arch, run, example, outline, compare_outputs=compare_outputs)
+        return tracer, (
+            f"Branches used in {other} mode only were not seen, because a pass in that mode fails: {what}"
+        )
+    return tracer, ""
 
 
 class _Tracer(Watcher):
     """Collects what the runs of one model tell."""
 
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        example: Any,
+        batch_size: int,
+        output_reason: str,
+        follow: Callable[[Any], None],
+    ) -> None:
         self.model = model
+        self.example = example
+        self.count_uses = True
+        self._run = run
+        self._follow = follow
         self.table = NeuronTable()
+        self.layers: dict[str, nn.Module] = dict(model.named_modules())
         self.rules: dict[str, LayerRule] = {
-            path: rule for path, m in model.named_modules() if (rule := rule_for(m)) is not None
+            path: rule for path, m in self.layers.items() if (rule := rule_for(m)) is not None
         }
         self.ports: dict[PortKey, Tensor] = {}
         self.uses: dict[str, float] = defaultdict(float)
         self.leaked: dict[int, str] = {}
+        self.seen: dict[bool, Readings] = {}
+        self.declined: dict[str, tuple[str, int]] = {}  # refused layers: the reason, and their own width
         self._batch_size = batch_size
-        self._count_uses = True
+        self._output_reason = output_reason
         self._stack: list[str] = []
         self._passing: dict[str, Tensor | None] = {}
         self._mode: LabelMode
 
     # running --------------------------------------------------------------------------------------
 
-    def run(
-        self, run: Run, example: Any, output_reason: str, *, train: bool, count_uses: bool = True
-    ) -> None:
-        self._count_uses = count_uses
+    def run(self, *, train: bool, graph: bool = False) -> None:
+        """Run the model once in one mode.
+
+        Args:
+            train: The mode.
+            graph: Whether autograd records the pass, which one that differentiates inside needs.
+        """
         self._stack = []
-        self._mode = mode = LabelMode(self.table, self._where, handler_of)
-        with undisturbed(self.model, train=train):
+        self._reading = Readings()
+        self._mode = mode = LabelMode(self.table, self._where, handler_of, self._follow)
+        with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
             fixed_statistics(self.model)  # which one sample per channel would be too few for
             with self._located(), watched(self.model, self), ChunkMode(mode), mode:
-                output = run(self.model, example)
+                output = self._run(self.model, self.example)
         for tensor in tensors_in(output):
             labels = mode.get(tensor)
             if labels is not None:
-                self.table.bar(mode.ids(labels), output_reason)
+                self.table.bar(mode.ids(labels), self._output_reason)
+            self._reading.shapes.append(tuple(tensor.shape))
         self.leaked.update(mode.leaked)
+        self.seen[train] = self._reading
 
     def _where(self) -> str:
         inner = next((p for p in reversed(self._stack) if p), "")
@@ -176,8 +225,9 @@ class _Tracer(Watcher):
             stack.callback(module.register_forward_hook(leave).remove)
 
         with ExitStack() as stack:
-            for path, module in self.model.named_modules():
-                follow(path, module)
+            for path, module in self.layers.items():
+                with suppress(RuntimeError):  # scripted modules take no hooks
+                    follow(path, module)
             yield
 
     # layers with a rule ---------------------------------------------------------------------------
@@ -199,43 +249,57 @@ class _Tracer(Watcher):
                     mode.suspended -= 1
                 for tensor in tensors_in(output):
                     mode.set(tensor, None)
+                    if tensor.ndim and rule.role == "mixer":
+                        self.declined[path] = refusal, tensor.shape[rule.neuron_axis(layer, tensor)]
                 return output
             if simple:
                 mode.bar(tensors[1:], f"they enter the {type(layer).__name__} '{path}' as a second input")
-            output = call()
+            mode.suspended += simple
+            try:
+                output = call()
+            finally:
+                mode.suspended -= simple
         finally:
             mode.inside -= 1
         first = next(iter(tensors_in(output)), None)
-        if self._count_uses and first is not None:
+        if self.count_uses and first is not None:
             self.uses[path] += rule.positions(layer, tensors[0], first) / self._batch_size
         return output
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Let a layer consume the labels of its input."""
         mode = self._mode
-        if port_kind(port) == "through":
-            self._passing[path] = self._pass(path, port, x, axis)
-        else:
-            self._consume(path, port, x, axis)
+        self._reading.note(path, port, x, axis)
+        with BookKeeping():
+            if port_kind(port) == "through":
+                self._passing[path] = self._pass(path, port, x, axis)
+            else:
+                self._consume(path, port, x, axis)
+        if mode.suspended:
+            return x
         mode.suspended += 1
         try:
-            fresh = x.view_as(x)
+            return x.view_as(x)  # which carries no labels
         finally:
             mode.suspended -= 1
-        return fresh
 
     def made(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Give labels to what a layer computed."""
-        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        with BookKeeping():
+            self._label(path, port, x, axis)
+        return x
+
+    def _label(self, path: str, port: Port, x: Tensor, axis: int) -> None:
+        mode, rule, layer = self._mode, self.rules[path], self.layers[path]
         axis %= x.ndim
         if port_kind(port) == "through":
             profile = self._passing.pop(path, None)
             if profile is None:
-                return x
+                return
             size = rule.port_size(layer, port)
             if size is None:  # nothing of the layer's is per neuron
                 mode.set(x, profile if profile.shape == x.shape else None)
-                return x
+                return
             profile = profile.repeat_interleave(x.shape[axis] // size)
         else:
             key: PortKey = (path, port)
@@ -246,11 +310,10 @@ class _Tracer(Watcher):
         shape = [1] * x.ndim
         shape[axis] = -1
         mode.set(x, profile.view(shape).expand(x.shape))
-        return x
 
     def _pass(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor | None:
         """The neurons that a channelwise layer passes on, as the labels of its output are made of them."""
-        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        mode, rule, layer = self._mode, self.rules[path], self.layers[path]
         labels, size = mode.get(x), rule.port_size(layer, port)
         if labels is None or size is None:
             return labels
@@ -299,7 +362,7 @@ class _Tracer(Watcher):
             self.ports[key] = labels.clone()
 
     def _consume(self, path: str, port: Port, x: Tensor, axis: int) -> None:
-        mode, rule, layer = self._mode, self.rules[path], self.model.get_submodule(path)
+        mode, rule, layer = self._mode, self.rules[path], self.layers[path]
         size = rule.port_size(layer, port)
         kind = type(layer).__name__
         if size is None:
@@ -352,7 +415,18 @@ class _Tracer(Watcher):
                 groups.append(group)
             else:
                 unsplittable.append(Unsplittable(group.name, why, group.width))
-        return Architecture(tuple(groups), tuple(unsplittable), ports, dict(self.uses))
+        unsplittable += [Unsplittable(path, why, width) for path, (why, width) in self.declined.items()]
+        return Architecture(tuple(groups), tuple(unsplittable), ports, dict(self.uses), self._not_called())
+
+    def _not_called(self) -> str:
+        """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
+        called = {path for path, _ in self.ports} | self.declined.keys()
+        with_ports = [p for p in self.rules if p not in called and layer_tensors(self.layers[p])]
+        idle = [path for path in with_ports if not any(path.startswith(f"{c}.") for c in called if c)]
+        if not idle:
+            return ""
+        named = ", ".join(f"'{path}'" for path in idle[:5]) + (" and others" if len(idle) > 5 else "")
+        return f"Layers that no pass called do not grow with the others: {named}."
 
     def _group(
         self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
@@ -365,7 +439,7 @@ class _Tracer(Watcher):
         rank = np.full(self.table.size, -1)
         rank[members] = np.arange(len(members))
         for path in dict.fromkeys(path for path, _ in keys):
-            module = self.model.get_submodule(path)
+            module = self.layers[path]
             mine = {port for p, port in keys if p == path}
             for name, (tensor, axes) in layer_tensors(module).items():
                 for axis, blocks in axes.items():
@@ -397,7 +471,7 @@ class _Tracer(Watcher):
         if not group.consumers:
             return _REFUSED_IN_USE
         for block in group.theta:
-            tensor = self.model.get_submodule(block.module)._parameters.get(block.tensor)
+            tensor = self.layers[block.module]._parameters.get(block.tensor)
             if tensor is None or not tensor.requires_grad:
                 return f"the incoming weight '{block.module}.{block.tensor}' is frozen (requires_grad=False)"
         if not group.dim:
@@ -406,7 +480,7 @@ class _Tracer(Watcher):
 
     def _bar_shared_and_leaked(self) -> None:
         sites: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for path, module in self.model.named_modules():
+        for path, module in self.layers.items():
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     sites[id(tensor)].append((path, name))
@@ -418,7 +492,7 @@ class _Tracer(Watcher):
             if reason is None:
                 continue
             for path, name in places:
-                _, axes = layer_tensors(self.model.get_submodule(path)).get(name, (None, {}))
+                _, axes = layer_tensors(self.layers[path]).get(name, (None, {}))
                 for port in {block.port for blocks in axes.values() for block in blocks}:
                     ids = self.ports.get((path, port))
                     if ids is not None:

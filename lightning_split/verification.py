@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
 from lightning_split.surgery import Split, Surgery
 
-__all__ = ["Readings", "Run", "batch_size", "readings", "verified", "what_broke"]
+__all__ = ["Readings", "Run", "batch_size", "readings", "verified_sizes", "verified_values", "what_broke"]
 
 Run = Callable[[nn.Module, Any], Any]  # run(model, example)
 
@@ -45,18 +45,22 @@ class Readings:
     calls: dict[tuple[str, Port, int], Read] = field(default_factory=dict)
     outputs: list[Read] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    _count: dict[tuple[str, Port], int] = field(default_factory=lambda: defaultdict(int))
+
+    def note(self, path: str, port: Port, x: Tensor, axis: int, *, values: bool = False) -> None:
+        """Note one reading."""
+        number = self._count[path, port]
+        self._count[path, port] += 1
+        self.calls[path, port, number] = _read(x.detach().movedim(axis, 0)) if values else Read(x.shape[axis])
 
 
 class _Reader(Watcher):
     def __init__(self, found: Readings, values: bool) -> None:
         self._found = found
         self._values = values
-        self._count: dict[tuple[str, Port], int] = defaultdict(int)
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
-        key = (path, port, self._count[path, port])
-        self._count[path, port] += 1
-        self._found.calls[key] = _read(x.detach().movedim(axis, 0), self._values)
+        self._found.note(path, port, x, axis, values=self._values)
         return x
 
 
@@ -73,13 +77,12 @@ def readings(model: nn.Module, run: Callable[[nn.Module], Any], *, values: bool 
         output = run(model)
     for tensor in tensors_in(output):
         found.shapes.append(tuple(tensor.shape))
-        found.outputs.append(_read(tensor.detach().reshape(1, -1), values))
+        if values:
+            found.outputs.append(_read(tensor.detach().reshape(1, -1)))
     return found
 
 
-def _read(rows: Tensor, values: bool) -> Read:
-    if not values:
-        return Read(rows.shape[0])
+def _read(rows: Tensor) -> Read:
     flat = rows.reshape(rows.shape[0], -1)
     flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     probe = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype) * 1.7 + 0.3)
@@ -152,56 +155,76 @@ def _agree(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> bool:
     return all(bool(((a - b).abs() <= tolerance * scale).all()) for a, b in zip(old, new, strict=True))
 
 
-def verified(
+def verified_sizes(
     model: nn.Module,
     arch: Architecture,
     run: Run,
     example: Any,
-    outline: Any,
+    seen: Mapping[bool, Readings],
     *,
-    compare_outputs: bool = True,
+    hollow: bool,
 ) -> Architecture:
-    """The architecture, less the groups whose neurons do not survive a real split.
+    """The architecture, less the groups at whose new widths the model would fail or read other sizes.
 
-    One neuron of every group is split, all at once. First only the sizes are tried, in both modes, on
-    tensors without values, which costs next to nothing; then the values, in eval mode, on a few samples.
-    Where a trial fails the culprits are searched by halving. The model is left as it was.
+    One neuron of every group is split, all at once, in both modes. Where this fails the culprits are searched
+    by halving. The model is left as it was.
 
     Args:
         model: The model.
         arch: What tracing found.
         run: Runs the model on an example.
         example: The example.
-        outline: The same without values, or with them if the model cannot do without.
+        seen: What the layers read while they were traced, by mode (True for training).
+        hollow: Whether the example is an outline, on which a trial costs next to nothing.
+    """
+    trials = [
+        _Trial(model, run, example, read, train=train, graph=not hollow) for train, read in seen.items()
+    ]
+    return _without_culprits(model, arch, trials, hollow=hollow)
+
+
+def verified_values(
+    model: nn.Module, arch: Architecture, run: Run, example: Any, *, compare_outputs: bool = True
+) -> Architecture:
+    """The same for values: in eval mode, on a few samples, if the network is not too large for that.
+
+    Args:
+        model: The model.
+        arch: What tracing found.
+        run: Runs the model on an example.
+        example: The example.
         compare_outputs: Whether the values of the output may not change either.
     """
-    for train in (model.training, not model.training):
-        trial = _Trial(model, run, outline, train=train, hollow=outline is not example)
-        arch = _without_culprits(arch, trial)
     size = batch_size(example)
-    few = _few_samples(example, size)
     if _macs(model, arch) * min(size, _SAMPLES) > _MAX_MACS:
         note = (
             "The network is large, so the trial splits compared sizes only; values are compared on the first "
             "batch of each growth."
         )
         return replace(arch, note=f"{arch.note} {note}".strip())
-    trial = _Trial(model, run, few, train=False, values=True, compare_outputs=compare_outputs)
-    if trial.expected is None:
-        trial = _Trial(model, run, example, train=False, values=True, compare_outputs=compare_outputs)
-    return _without_culprits(arch, trial)
+    trial = _value_trial(model, run, _few_samples(example, size)) or _value_trial(model, run, example)
+    if trial is None or not arch.groups:
+        return arch
+    trial.compare_outputs = compare_outputs
+    return _without_culprits(model, arch, [trial], hollow=False)
 
 
-def _without_culprits(arch: Architecture, trial: _Trial) -> Architecture:
+def _without_culprits(
+    model: nn.Module, arch: Architecture, trials: Sequence[_Trial], *, hollow: bool
+) -> Architecture:
     reasons: dict[str, str] = {}
 
     def search(groups: Sequence[ChannelGroup]) -> None:
-        why = trial(arch, groups) if groups else None
+        if not groups:
+            return
+        surgery = Surgery(model, [_trial_split(model, group) for group in groups], arch, hollow=hollow)
+        why = next((why for trial in trials if (why := trial.broken_by(surgery))), None)
         if why is None:
             return
         if len(groups) == 1:
             reasons[groups[0].name] = why
             return
+        del surgery  # and with it the memory of the new tensors
         half = len(groups) // 2
         search(groups[:half])
         search(groups[half:])
@@ -210,44 +233,26 @@ def _without_culprits(arch: Architecture, trial: _Trial) -> Architecture:
     return arch.without(reasons) if reasons else arch
 
 
+@dataclass
 class _Trial:
-    """One way to run the model, before and after trial splits."""
+    """One way to run the model, and what its layers read before any split."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run: Run,
-        example: Any,
-        *,
-        train: bool,
-        hollow: bool = False,
-        values: bool = False,
-        compare_outputs: bool = False,
-    ) -> None:
-        self._model, self._run, self._example = model, run, example
-        self._train, self._hollow, self._values = train, hollow, values
-        self._compare_outputs = compare_outputs
-        self._graph = hollow  # whether passes record what backward would need
-        self.expected: Readings | None = None  # None if the model does not run in this way
-        for graph in dict.fromkeys((hollow, True)):  # a pass may differentiate inside
-            self._graph = graph
-            try:
-                self.expected = self._pass()
-                break
-            except Exception:
-                continue  # this mode may need other inputs; Architecture.note says so
+    model: nn.Module
+    run: Run
+    example: Any
+    expected: Readings
+    train: bool
+    graph: bool  # whether to record what backward needs: a pass may differentiate inside
+    values: bool = False
+    compare_outputs: bool = False
 
-    def __call__(self, arch: Architecture, groups: Sequence[ChannelGroup]) -> str | None:
-        """Why these groups cannot be split together, or ``None`` if they can."""
-        if self.expected is None:
-            return None
-        splits = [_trial_split(self._model, group) for group in groups]
-        surgery = Surgery(self._model, splits, arch, hollow=self._hollow)
+    def broken_by(self, surgery: Surgery) -> str | None:
+        """Why these splits cannot be, or ``None`` if they can."""
         surgery.apply()
         try:
-            if self._values:
+            if self.values:
                 surgery.displace()
-            after = self._pass()
+            after = _pass(self.model, self.run, self.example, self.train, self.graph, self.values)
         except Exception as error:
             # The user's forward pass failed at the new width; whatever it raised is the reason.
             first = str(error).strip().splitlines() or [type(error).__name__]
@@ -256,15 +261,27 @@ class _Trial:
             surgery.revert()
         return what_broke(
             *(self.expected, after, surgery),
-            compare_outputs=self._compare_outputs,
-            compare_values=self._values,
+            compare_outputs=self.compare_outputs,
+            compare_values=self.values,
             ghosts=True,
         )
 
-    def _pass(self) -> Readings:
-        with undisturbed(self._model, train=self._train), torch.set_grad_enabled(self._graph):
-            fixed_statistics(self._model)
-            return readings(self._model, lambda m: self._run(m, self._example), values=self._values)
+
+def _value_trial(model: nn.Module, run: Run, example: Any) -> _Trial | None:
+    """The trial that compares values, or ``None`` if the model does not run on the example in eval mode."""
+    for graph in (False, True):
+        try:
+            read = _pass(model, run, example, train=False, graph=graph, values=True)
+        except Exception:
+            continue
+        return _Trial(model, run, example, read, train=False, graph=graph, values=True)
+    return None
+
+
+def _pass(model: nn.Module, run: Run, example: Any, train: bool, graph: bool, values: bool) -> Readings:
+    with undisturbed(model, train=train), torch.set_grad_enabled(graph):
+        fixed_statistics(model)
+        return readings(model, lambda m: run(m, example), values=values)
 
 
 def _macs(model: nn.Module, arch: Architecture) -> float:

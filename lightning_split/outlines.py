@@ -1,0 +1,87 @@
+"""Outlines: examples whose tensors have shapes but no values, so that passes over them cost hardly any."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import MutableMapping
+from types import CellType
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Outline", "shape_only"]
+
+
+class Outline:
+    """An example without values.
+
+    A pass over it computes nothing and takes no memory; operators whose result depends on a value raise an
+    error. What a pass makes without reading these tensors (a table of positions, kept for later) is real.
+
+    Attributes:
+        example: The same nested tuples, lists and dicts with tensors that have shapes but no values.
+    """
+
+    def __init__(self, example: Any) -> None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+        def hollow(tensor: Tensor) -> Tensor:
+            fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
+            return fake.requires_grad_(tensor.requires_grad)
+
+        self.example = tree_map_only(Tensor, hollow, example)
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def follow(self, output: Any) -> None:
+        """Take note of what an operator made, so that nothing of it stays."""
+        if type(output) is FakeTensor:
+            self._made.append(weakref.ref(output))
+
+    def forget(self) -> None:
+        """Empty the caches (dicts, lists, ``lru_cache``) outside of the model that passes have filled."""
+        if any(ref() is not None for ref in self._made):
+            gc.collect()  # of cycles: the frames of an error
+        for ref in self._made:
+            tensor = ref()
+            if tensor is not None:
+                _clear_lru(tensor)
+                for holder in gc.get_referrers(tensor):
+                    _drop(holder, tensor)
+
+
+def shape_only(tensor: Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def _drop(holder: Any, tensor: Tensor) -> None:
+    if isinstance(holder, MutableMapping):
+        for key in [k for k, v in holder.items() if v is tensor]:
+            if "__spec__" in holder:
+                holder[key] = None  # a global variable
+            else:
+                del holder[key]
+    elif isinstance(holder, (list, deque)):
+        kept = [item for item in holder if item is not tensor]
+        holder.clear()
+        holder.extend(kept)
+    elif isinstance(holder, CellType):
+        holder.cell_contents = None
+
+
+def _clear_lru(tensor: Tensor) -> None:
+    held: list[Any] = [tensor]
+    for _ in range(4):  # the result, its link in the list, the dict of links, the wrapped function
+        held = [h for item in held for h in gc.get_referrers(item) if _part_of_lru(h)]
+        for holder in held:
+            if hasattr(holder, "cache_clear"):
+                holder.cache_clear()
+                return
+
+
+def _part_of_lru(holder: Any) -> bool:
+    return type(holder).__module__ == "functools" or type(holder) is dict
