@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["FIXED", "ChunkMode", "Handler", "LabelMode", "NeuronTable", "stored_once", "tensors_of"]
+__all__ = ["FIXED", "CallMode", "Handler", "LabelMode", "NeuronTable", "stored_once", "tensors_of"]
 
 Ids = npt.NDArray[np.int64]
 FIXED = -1  # label of an element that belongs to no neuron
@@ -108,8 +108,11 @@ class BookKeeping:
             guard.__exit__(*error)
 
 
-class ChunkMode(TorchFunctionMode):
-    """Tells a :class:`LabelMode` when a split comes from ``chunk``, which operators below cannot tell."""
+class CallMode(TorchFunctionMode):
+    """Tells a :class:`LabelMode` what the operators below cannot.
+
+    That a split comes from ``chunk``, and that values are read as NumPy arrays or Python lists.
+    """
 
     def __init__(self, labels: LabelMode) -> None:
         super().__init__()
@@ -118,6 +121,8 @@ class ChunkMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if getattr(func, "__name__", "") in _READ_OUTSIDE and args:
+            self._labels.bar([t for t in args if isinstance(t, Tensor)], _OUTSIDE)
         asked = func in (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
         self._labels.chunks += asked
         try:
@@ -148,7 +153,8 @@ class LabelMode(TorchDispatchMode):
         self.suspended = 0  # > 0 while a layer with a rule runs: its inside is the rule's business
         self.inside = 0  # > 0 while a layer with a rule runs: it may use its own weights
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
-        self.leaked: dict[int, str] = {}  # id of a parameter -> the contraction that used it by itself
+        self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
+        self.leaked: dict[Owner, str] = {}  # what was used outside of its layer, and by what
         self.where = where
         self._handler_of = handler_of
         self._follow = follow
@@ -273,23 +279,33 @@ class LabelMode(TorchDispatchMode):
                     )
             self.set(tensor, None)
 
+    def leak(self, tensors: Iterable[Tensor], why: str) -> None:
+        """What the network computes depends on weights other than through their layer."""
+        for tensor in tensors:
+            for owner in self._owners(tensor):
+                self.leaked.setdefault(owner, f"{why}{self.where()}")
+
+    def _owners(self, tensor: Tensor) -> frozenset[Owner]:
+        owner = self.owned.get(id(tensor))
+        if owner is not None:
+            return frozenset({owner})
+        found: frozenset[Owner] = self._weights.get(tensor, frozenset())
+        return found
+
     def _follow_weights(self, name: str, inputs: list[Tensor], out: Any) -> None:
-        """Notice parameters that are contracted with activations outside of their layer."""
-        owners = [
-            owner
-            for t in inputs
-            if (owner := id(t) if isinstance(t, torch.nn.Parameter) else self._weights.get(t))
-        ]
+        """Notice weights, and what is computed of them, that meet activations outside of their layer."""
+        owners = frozenset(o for t in inputs for o in self._owners(t))
         if not owners:
             return
-        if name in _MOVES:
-            for t in tensors_of(out):
-                self._weights[t] = owners[0]
-        elif name in _CONTRACTIONS:
-            for owner in owners:
-                self.leaked.setdefault(owner, f"is used by {name}{self.where()}")
+        # A scalar may be a loss, to which a penalty on the weights is added.
+        if name in _CONTRACTIONS or any(t.ndim and self.get(t) is not None for t in inputs):
+            self.leak(inputs, f"is used by {name}")
+            return
+        for t in tensors_of(out):
+            self._weights[t] = owners
 
 
+Owner = tuple[str, str]  # path of a layer, name of its tensor
 Handler = Callable[["LabelMode", Any, str, Sequence[Any], dict[str, Any], list[Tensor], Any], None]
 
 
@@ -331,13 +347,12 @@ _DIFFERENTIATED = (
     "loss_fn without that term lets them grow"
 )
 
-# Names of operators through which a weight stays the weight, and of those that use it like a layer does.
-_MOVES = {
-    *("permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "detach", "clone"),
-    *("view", "_unsafe_view", "reshape", "contiguous", "_to_copy", "slice", "select", "cat", "stack"),
-}
+# Operators that use a weight like a layer does.
 _CONTRACTIONS = {
     *("mm", "addmm", "bmm", "baddbmm", "mv", "dot", "convolution", "embedding", "_cdist_forward"),
     *("native_batch_norm", "native_layer_norm", "native_group_norm", "_embedding_bag"),
     *("_thnn_fused_lstm_cell", "lstm", "gru", "mkldnn_rnn_layer", "index_select", "index", "gather"),
 }
+
+_READ_OUTSIDE = {"numpy", "tolist", "__array__", "__dlpack__"}
+_OUTSIDE = "their values are read outside of torch, where splitting cannot follow"

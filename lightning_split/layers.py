@@ -20,6 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["LayerRule", "Marks", "Port", "port_kind", "register_layer_rule", "rule_for"]
 
@@ -56,6 +57,10 @@ class Marks(Protocol):
         """The layer's own ``forward``."""
         ...
 
+    def sealed(self, call: Callable[[], Any]) -> Any:
+        """Run a part of the computation that is the rule's business, unseen."""
+        ...
+
 
 class LayerRule(ABC):
     """What the tracer and the surgery must know about one type of layer.
@@ -75,6 +80,7 @@ class LayerRule(ABC):
 
     role: ClassVar[Literal["mixer", "channelwise"]]
     keeps_shape: ClassVar[bool] = False  # whether the output always has the shape of the input
+    trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
 
     @abstractmethod
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
@@ -196,21 +202,24 @@ def register_layer_rule(
 def rule_for(layer: nn.Module) -> LayerRule | None:
     """The rule that holds for a layer, or ``None`` if there is none.
 
-    A rule is inherited only by subclasses that do not override ``forward`` (or a convolution's
-    ``_conv_forward``): a weight-standardising subclass of ``Conv2d`` is another layer.
+    A subclass that overrides ``forward`` (or a convolution's ``_conv_forward``) inherits the rule as far as
+    it calls the operator of the layer on the layer's own weights; a weight-standardising subclass of
+    ``Conv2d`` does not, and is refused when it runs.
     """
     for cls in type(layer).__mro__:
         source = _RULES.get(cls)
         if source is None:
             continue
-        overridden = "forward" in layer.__dict__ or any(
+        if "forward" in layer.__dict__:
+            return None
+        rule = _refused(source if isinstance(source, LayerRule) else source(layer), layer)
+        overridden = any(
             getattr(type(layer), name, None) is not getattr(cls, name, None)
             for name in ("forward", "_conv_forward")
         )
-        if overridden:
-            return None
-        rule = source if isinstance(source, LayerRule) else source(layer)
-        return _refused(rule, layer)
+        if not overridden or isinstance(rule, _Refused):
+            return rule
+        return _Followed(rule) if type(rule).forward is LayerRule.forward else None
     return None
 
 
@@ -289,6 +298,74 @@ class _Refused(LayerRule):
 
     def refusal(self, layer: nn.Module) -> str | None:
         return self._reason
+
+
+class _Followed(LayerRule):
+    """Stands in for a rule on a subclass that overrides ``forward``.
+
+    Its forward pass is traced like that of any module; where it calls the operator of the layer
+    (``F.linear``, ``F.conv2d``, ``F.batch_norm`` …) on the layer's own weights, neurons are read and made.
+    """
+
+    role = "mixer"  # or what the rule says
+    trusted = False
+
+    def __init__(self, rule: LayerRule) -> None:
+        self._rule = rule
+        vars(self)["role"] = rule.role
+        for name in ("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"):
+            setattr(self, name, getattr(rule, name))
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        return self._rule.axes(layer)
+
+    def forward(self, layer: nn.Module, marks: Marks, *args: Any, **kwargs: Any) -> Any:
+        with _OwnOperator(self._rule, layer, marks):
+            return type(layer).forward(layer, *args, **kwargs)
+
+
+class _OwnOperator(TorchFunctionMode):
+    """Marks the calls of a layer's operator on the layer's own weights."""
+
+    _NAMES = frozenset(
+        {
+            *(
+                "linear",
+                "conv1d",
+                "conv2d",
+                "conv3d",
+                "conv_transpose1d",
+                "conv_transpose2d",
+                "conv_transpose3d",
+            ),
+            *("batch_norm", "instance_norm", "group_norm", "prelu", "embedding", "embedding_bag"),
+        }
+    )
+
+    def __init__(self, rule: LayerRule, layer: nn.Module, marks: Marks) -> None:
+        super().__init__()
+        self._rule, self._layer, self._marks = rule, layer, marks
+        self._own = {id(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in self._NAMES:
+            return func(*args, **kwargs)
+        values = [*args, *kwargs.values()]
+        x, *rest = [v for v in values if isinstance(v, Tensor)]
+        name = next((k for k, v in kwargs.items() if v is x), None)
+        if not rest or any(id(t) not in self._own for t in rest) or (name is None and args[0] is not x):
+            return func(*args, **kwargs)
+        reads, makes = ("in", "out") if self._rule.role == "mixer" else ("through", "through")
+        read = self._marks.read(reads, x, self._rule.neuron_axis(self._layer, x))
+        if name is None:
+            args = (read, *args[1:])
+        else:
+            kwargs[name] = read
+        output = self._marks.sealed(lambda: func(*args, **kwargs))
+        return self._marks.made(makes, output, self._rule.neuron_axis(self._layer, output))
 
 
 def _refused(rule: LayerRule, layer: nn.Module) -> LayerRule:

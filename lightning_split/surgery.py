@@ -117,7 +117,7 @@ class Surgery:
         self._displacements: list[tuple[nn.Parameter, _Displacement]] = []
         self._put: list[tuple[dict[str, Any], str, Tensor]] = []  # where, and what comes in
         self._undo: list[Callable[[], Any]] = []
-        _check_splits(arch, splits)
+        _check_splits(arch, splits, values=not hollow)
         self._splits = tuple(splits)
         # Number of the split of each neuron id, -1 for none; the last entry stands for "no neuron" (-1).
         self._number = np.full(
@@ -125,6 +125,9 @@ class Surgery:
         )
         for n, split in enumerate(self._splits):
             self._number[arch.group(split.group).neurons[split.neuron]] = n
+        # All offspring weights one after the other, and where those of each split begin.
+        self._weights = np.array([w for split in self._splits for w in split.weights] + [1.0])
+        self._first = np.cumsum([0, *(len(split.weights) for split in self._splits)])
         with torch.no_grad():
             self._prepare()
 
@@ -189,7 +192,7 @@ class Surgery:
         }
         self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
         self._layers: list[nn.Module] = []
-        theta = self._theta_displacements()
+        theta = {} if self._hollow else self._theta_displacements()
         sites = _sites(self._model)
         done: set[int] = set()
         for path in dict.fromkeys(path for path, _ in growth):
@@ -226,9 +229,7 @@ class Surgery:
         length = lengths[block]
         index = np.repeat(starts[block], length) + _count(length)
         split = number[block]
-        weights = np.ones(len(block))
-        for i in np.flatnonzero(split >= 0):
-            weights[i] = self._splits[split[i]].weights[ordinal[i]]
+        weights = np.where(split >= 0, self._weights[self._first[split] + ordinal], 1.0)
         parts = (np.repeat(part, length) for part in (weights, split, ordinal))
         return _PortGrowth(torch.from_numpy(index), *map(torch.from_numpy, parts))
 
@@ -303,7 +304,7 @@ class Surgery:
         return port_sizes(layer) | {port: len(g.index) for port, g in self._growth[id(layer)].items()}
 
 
-def _check_splits(arch: Architecture, splits: Sequence[Split]) -> None:
+def _check_splits(arch: Architecture, splits: Sequence[Split], *, values: bool) -> None:
     seen: set[tuple[str, int]] = set()
     for split in splits:
         group: ChannelGroup = _known_group(arch, split.group)
@@ -325,7 +326,7 @@ def _check_splits(arch: Architecture, splits: Sequence[Split]) -> None:
                 f"{here} has offspring weights that sum to {total}; they must sum to 1, or the network's "
                 "function would jump."
             )
-        if not bool(torch.isfinite(split.displacements).all()):
+        if values and not bool(torch.isfinite(split.displacements).all()):
             raise ValueError(f"{here} has displacements that are not finite.")
 
 

@@ -21,7 +21,7 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
-from lightning_split.labels import BookKeeping, ChunkMode, LabelMode, NeuronTable
+from lightning_split.labels import BookKeeping, CallMode, LabelMode, NeuronTable
 from lightning_split.layers import (
     Block,
     LayerRule,
@@ -39,6 +39,8 @@ from lightning_split.verification import Readings, Run, batch_size, verified_siz
 
 __all__ = ["trace", "trace_step"]
 
+_OUTPUT = "they are part of the model's output"
+_LOSS = "they reach the loss without passing a layer"
 _REFUSED_IN_USE = "no layer that tracing sees reads them"
 
 
@@ -70,7 +72,6 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
         model,
         lambda m, example: m(*example[0], **example[1]),
         (inputs, kwargs),
-        output_reason="they are part of the model's output",
         compare_outputs=True,
     )
 
@@ -81,7 +82,6 @@ def trace_step(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any],
         model,
         loss_fn,
         batch,
-        output_reason="they reach the loss without passing a layer",
         compare_outputs=False,  # a penalty on the weights changes the loss, though not the function
     )
 
@@ -90,7 +90,7 @@ def _trace(
     model: nn.Module,
     run: Run,
     example: Any,
-    output_reason: str,
+    *,
     compare_outputs: bool,
 ) -> Architecture:
     for path, layer in model.named_modules():
@@ -105,7 +105,7 @@ def _trace(
         )
     outline = Outline(example)
     try:
-        tracer, note = _labelled(model, run, example, outline, output_reason)
+        tracer, note = _labelled(model, run, example, outline, compare_outputs)
         arch = tracer.architecture()
         arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
         arch = verified_sizes(
@@ -118,12 +118,12 @@ def _trace(
 
 
 def _labelled(
-    model: nn.Module, run: Run, example: Any, outline: Outline, output_reason: str
+    model: nn.Module, run: Run, example: Any, outline: Outline, compare_outputs: bool
 ) -> tuple[_Tracer, str]:
     """What labels tell in both modes, and a note on what could not be seen."""
 
     def tracer_of(example: Any) -> _Tracer:
-        return _Tracer(model, run, example, batch_size(example), output_reason, outline.follow)
+        return _Tracer(model, run, example, batch_size(example), compare_outputs, outline.follow)
 
     mode, tracer = model.training, tracer_of(outline.example)
     try:
@@ -158,7 +158,7 @@ class _Tracer(Watcher):
         run: Run,
         example: Any,
         batch_size: int,
-        output_reason: str,
+        outputs_count: bool,
         follow: Callable[[Any], None],
     ) -> None:
         self.model = model
@@ -173,11 +173,11 @@ class _Tracer(Watcher):
         }
         self.ports: dict[PortKey, Tensor] = {}
         self.uses: dict[str, float] = defaultdict(float)
-        self.leaked: dict[int, str] = {}
+        self.leaked: dict[tuple[str, str], str] = {}
         self.seen: dict[bool, Readings] = {}
         self.declined: dict[str, tuple[str, int]] = {}  # refused layers: the reason, and their own width
         self._batch_size = batch_size
-        self._output_reason = output_reason
+        self._outputs_count = outputs_count  # whether the output is what the model is for, or a loss
         self._stack: list[str] = []
         self._passing: dict[str, Tensor | None] = {}
         self._mode: LabelMode
@@ -195,14 +195,21 @@ class _Tracer(Watcher):
         self._reading = Readings()
         self._mode = mode = LabelMode(self.table, self._where, handler_of, self._follow)
         with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
+            mode.owned = {
+                id(tensor): (path, name)
+                for path in self.rules
+                for name, (tensor, _) in layer_tensors(self.layers[path]).items()
+            }
             fixed_statistics(self.model)  # which one sample per channel would be too few for
-            with self._located(), watched(self.model, self), ChunkMode(mode), mode:
+            with self._located(), watched(self.model, self), CallMode(mode), mode:
                 output = self._run(self.model, self.example)
         for tensor in tensors_in(output):
             labels = mode.get(tensor)
             if labels is not None:
-                self.table.bar(mode.ids(labels), self._output_reason)
+                self.table.bar(mode.ids(labels), _OUTPUT if self._outputs_count else _LOSS)
             self._reading.shapes.append(tuple(tensor.shape))
+            if self._outputs_count:
+                mode.leak([tensor], "is part of the model's output")
         self.leaked.update(mode.leaked)
         self.seen[train] = self._reading
 
@@ -238,38 +245,55 @@ class _Tracer(Watcher):
         refusal = rule.refusal(layer)
         if refusal is None and simple and not tensors:
             refusal = "its rule describes one input and one output tensor, and it has others"
-        mode.inside += 1
+        if refusal is not None:
+            return self._declined(path, layer, rule, refusal, args, kwargs)
+        if simple:
+            mode.bar(tensors[1:], f"they enter the {type(layer).__name__} '{path}' as a second input")
+        mode.inside += rule.trusted
+        mode.suspended += simple
         try:
-            if refusal is not None:
-                mode.bar(tensors, f"they enter the {type(layer).__name__} '{path}': {refusal}")
-                mode.suspended += 1
-                try:
-                    output = type(layer).forward(layer, *args, **kwargs)
-                finally:
-                    mode.suspended -= 1
-                for tensor in tensors_in(output):
-                    mode.set(tensor, None)
-                    if tensor.ndim and rule.role == "mixer":
-                        self.declined[path] = refusal, tensor.shape[rule.neuron_axis(layer, tensor)]
-                return output
-            if simple:
-                mode.bar(tensors[1:], f"they enter the {type(layer).__name__} '{path}' as a second input")
-            mode.suspended += simple
-            try:
-                output = call()
-            finally:
-                mode.suspended -= simple
+            output = call()
         finally:
-            mode.inside -= 1
+            mode.suspended -= simple
+            mode.inside -= rule.trusted
+        if not rule.trusted and not any(p == path for p, _ in self.ports):
+            why = f"a {type(layer).__name__} computes otherwise than the layer that it is derived from"
+            self._decline(path, layer, rule, why, output)
         first = next(iter(tensors_in(output)), None)
         if self.count_uses and first is not None:
             self.uses[path] += rule.positions(layer, tensors[0], first) / self._batch_size
         return output
 
+    def _declined(
+        self, path: str, layer: nn.Module, rule: LayerRule, why: str, args: Any, kwargs: Any
+    ) -> Any:
+        """Run a layer that cannot be grown: neither what enters it nor what it makes can be split."""
+        self._mode.bar(tensors_in((args, kwargs)), f"they enter the {type(layer).__name__} '{path}': {why}")
+        output = self.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
+        self._decline(path, layer, rule, why, output)
+        return output
+
+    def _decline(self, path: str, layer: nn.Module, rule: LayerRule, why: str, output: Any) -> None:
+        for tensor in tensors_in(output):
+            self._mode.set(tensor, None)
+            if tensor.ndim and rule.role == "mixer":
+                self.declined[path] = why, tensor.shape[rule.neuron_axis(layer, tensor)]
+
+    def sealed(self, call: Callable[[], Any]) -> Any:
+        """A layer's own business: it may use its weights, and labels are not followed."""
+        self._mode.suspended += 1
+        self._mode.inside += 1
+        try:
+            return call()
+        finally:
+            self._mode.suspended -= 1
+            self._mode.inside -= 1
+
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Let a layer consume the labels of its input."""
         mode = self._mode
         self._reading.note(path, port, x, axis)
+        mode.leak([x], f"is read by '{path}'")
         with BookKeeping():
             if port_kind(port) == "through":
                 self._passing[path] = self._pass(path, port, x, axis)
@@ -484,19 +508,17 @@ class _Tracer(Watcher):
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     sites[id(tensor)].append((path, name))
-        for owner, places in sites.items():
-            reason = self.leaked.get(owner)
+        reasons = dict(self.leaked)
+        for places in sites.values():
             if len(places) > 1:
                 names = " and ".join(f"'{p}.{n}'" for p, n in places)
-                reason = f"is one tensor shared by {names}"
-            if reason is None:
-                continue
-            for path, name in places:
-                _, axes = layer_tensors(self.layers[path]).get(name, (None, {}))
-                for port in {block.port for blocks in axes.values() for block in blocks}:
-                    ids = self.ports.get((path, port))
-                    if ids is not None:
-                        self.table.bar(ids.tolist(), f"the weight '{path}.{name}' {reason}")
+                reasons |= dict.fromkeys(places, f"is one tensor shared by {names}")
+        for (path, name), why in reasons.items():
+            _, axes = layer_tensors(self.layers[path]).get(name, (None, {}))
+            for port in {block.port for blocks in axes.values() for block in blocks}:
+                ids = self.ports.get((path, port))
+                if ids is not None:
+                    self.table.bar(ids.tolist(), f"the tensor '{path}.{name}' {why}")
 
 
 def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:

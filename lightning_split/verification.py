@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ __all__ = ["Readings", "Run", "batch_size", "readings", "verified_sizes", "verif
 Run = Callable[[nn.Module, Any], Any]  # run(model, example)
 
 _SAMPLES = 2  # in a trial that compares values
+_MAX_GHOSTS = 1000  # neurons of a network small enough to try all of them
 _MAX_MACS = 5e10  # of one such pass; a larger network is compared on the check batch of each growth
 
 
@@ -166,8 +167,9 @@ def verified_sizes(
 ) -> Architecture:
     """The architecture, less the groups at whose new widths the model would fail or read other sizes.
 
-    One neuron of every group is split, all at once, in both modes. Where this fails the culprits are searched
-    by halving. The model is left as it was.
+    In training mode one neuron of every group is split, all at once; in eval mode all neurons, and
+    neighbouring groups by different factors, so that no integer division hides a size that does not follow.
+    Where this fails the culprits are searched by halving. The model is left as it was.
 
     Args:
         model: The model.
@@ -177,10 +179,12 @@ def verified_sizes(
         seen: What the layers read while they were traced, by mode (True for training).
         hollow: Whether the example is an outline, on which a trial costs next to nothing.
     """
-    trials = [
-        _Trial(model, run, example, read, train=train, graph=not hollow) for train, read in seen.items()
-    ]
-    return _without_culprits(model, arch, trials, hollow=hollow)
+    for train, read in seen.items():
+        trial = _Trial(model, run, example, read, train=train, graph=not hollow)
+        many = not train and (hollow or _is_small(arch))
+        splits = _multiplied(arch) if many else _one_of_each(model, arch)
+        arch = _without_culprits(model, arch, trial, splits, hollow=hollow)
+    return arch
 
 
 def verified_values(
@@ -206,30 +210,44 @@ def verified_values(
     if trial is None or not arch.groups:
         return arch
     trial.compare_outputs = compare_outputs
-    return _without_culprits(model, arch, [trial], hollow=False)
+    arch = _without_culprits(model, arch, trial, _one_of_each(model, arch))
+    if _is_small(arch):
+        for part in (0, 1):  # so that not both sides of a weight become twice as large
+            arch = _without_culprits(model, arch, trial, _all_haunted(model, arch, part))
+    return arch
+
+
+def _is_small(arch: Architecture) -> bool:
+    return sum(group.width for group in arch.groups) <= _MAX_GHOSTS
 
 
 def _without_culprits(
-    model: nn.Module, arch: Architecture, trials: Sequence[_Trial], *, hollow: bool
+    model: nn.Module,
+    arch: Architecture,
+    trial: _Trial,
+    splits: Mapping[str, Sequence[Split]],
+    *,
+    hollow: bool = False,
 ) -> Architecture:
+    """The architecture, less the groups whose splits the trial does not pass."""
     reasons: dict[str, str] = {}
 
-    def search(groups: Sequence[ChannelGroup]) -> None:
-        if not groups:
+    def search(names: Sequence[str]) -> None:
+        if not names:
             return
-        surgery = Surgery(model, [_trial_split(model, group) for group in groups], arch, hollow=hollow)
-        why = next((why for trial in trials if (why := trial.broken_by(surgery))), None)
+        surgery = Surgery(model, [s for name in names for s in splits[name]], arch, hollow=hollow)
+        why = trial.broken_by(surgery)
         if why is None:
             return
-        if len(groups) == 1:
-            reasons[groups[0].name] = why
+        if len(names) == 1:
+            reasons[names[0]] = why
             return
         del surgery  # and with it the memory of the new tensors
-        half = len(groups) // 2
-        search(groups[:half])
-        search(groups[half:])
+        half = len(names) // 2
+        search(names[:half])
+        search(names[half:])
 
-    search(arch.groups)
+    search([g.name for g in arch.groups if g.name in splits])
     return arch.without(reasons) if reasons else arch
 
 
@@ -306,15 +324,46 @@ def _few_samples(example: Any, size: int) -> Any:
     )
 
 
-def _trial_split(model: nn.Module, group: ChannelGroup) -> Split:
-    """A split in the middle of the group."""
+def _one_of_each(model: nn.Module, arch: Architecture) -> dict[str, list[Split]]:
+    """A neuron in the middle of every group, into two copies and a ghost."""
+    found = {}
+    for group, ghost in _ghosts(model, arch.groups, count=1):
+        still = torch.zeros(group.dim)
+        moved = torch.stack([still, still, ghost[0]])
+        found[group.name] = [Split(group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), moved)]
+    return found
+
+
+def _all_haunted(model: nn.Module, arch: Architecture, part: int) -> dict[str, list[Split]]:
+    """All neurons of every other group into themselves and a ghost that is far away."""
+    return {
+        group.name: [
+            Split(group.name, i, (1.0, 0.0), torch.stack([torch.zeros(group.dim), 10 * ghost]))
+            for i, ghost in enumerate(ghosts)
+        ]
+        for group, ghosts in _ghosts(model, arch.groups[part::2])
+    }
+
+
+def _multiplied(arch: Architecture) -> dict[str, list[Split]]:
+    """All neurons of every group, each group by another factor than the next few."""
+    found = {}
+    for number, group in enumerate(arch.groups):
+        m = 2 + number % 5
+        still = torch.zeros(()).expand(m, group.dim)
+        found[group.name] = [Split(group.name, i, (1 / m,) * m, still) for i in range(group.width)]
+    return found
+
+
+def _ghosts(
+    model: nn.Module, groups: Sequence[ChannelGroup], count: int | None = None
+) -> Iterator[tuple[ChannelGroup, Tensor]]:
+    """Random displacements of the size of the weights, ``(count or width, dim)`` for each group."""
     generator = torch.Generator().manual_seed(0)
-    parts = []
-    for block in group.theta:
-        size = float(model.get_submodule(block.module).get_parameter(block.tensor).detach().abs().mean())
-        size = size + 1e-2 if math.isfinite(size) else 1.0
-        parts.append(size * torch.randn(block.size, generator=generator))
-    still = torch.zeros(group.dim)
-    return Split(
-        group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), torch.stack([still, still, torch.cat(parts)])
-    )
+    for group in groups:
+        parts = []
+        for block in group.theta:
+            size = float(model.get_submodule(block.module).get_parameter(block.tensor).detach().abs().mean())
+            size = size + 1e-2 if math.isfinite(size) else 1.0
+            parts.append(size * torch.randn(count or group.width, block.size, generator=generator))
+        yield group, torch.cat(parts, dim=1)
