@@ -12,6 +12,7 @@ and one Hessian-vector product of φ by double backward is :math:`S_i v_i` for e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_split.architecture import Architecture, ChannelGroup, ThetaBlock
 from lightning_split.layers import Port, port_kind
@@ -231,6 +233,7 @@ class SplittingOperator:
         stack = ExitStack()
         self._consumer_calls: list[str] = []
         stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
         stack.enter_context(watched(self._model, _Cuts(self._cuts, self._consumer_calls, replace)))
         return stack
 
@@ -247,13 +250,16 @@ class SplittingOperator:
         keys = [key for key in graph.first if key in directions]
         result: dict[tuple[str, str], Tensor] = {}
         if keys:
-            products = torch.autograd.grad(
-                [graph.first[k] for k in keys],
-                [graph.theta[k] for k in directions],
-                [directions[k] for k in keys],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            try:
+                products = torch.autograd.grad(
+                    [graph.first[k] for k in keys],
+                    [graph.theta[k] for k in directions],
+                    [directions[k] for k in keys],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                raise _no_second_derivative(error) from error
             found: list[Tensor | None] = list(products)
             result = {k: p for k, p in zip(directions, found, strict=True) if p is not None}
         gathered: Vectors = {}
@@ -303,6 +309,18 @@ class _Cuts(Watcher):
             return x
         self._calls.append(path)
         return self._replace(x)
+
+
+def _no_second_derivative(error: RuntimeError) -> Exception:
+    """The error of a product in words, if an operator cannot be differentiated twice."""
+    what = str(error).strip().partition("\n")[0]
+    if not re.search(r"derivative for .* is not implemented|twice|double.backward", what, re.IGNORECASE):
+        return error
+    return ValueError(
+        f"An operator of the network has no second derivative ({what}), so the splitting matrices of the "
+        "neurons before it cannot be computed; leave them out (exclude=...), or use another form of the "
+        "operator in loss_fn."
+    )
 
 
 class _Graph:

@@ -132,7 +132,7 @@ class LayerRule(ABC):
     def tiles(self, layer: nn.Module) -> int:
         """Number of equal groups into which a mixer cuts its channels; a neuron is one channel of each.
 
-        The ``"in"`` port has the size of one group, the ``"out"`` port that of all together.
+        Its ports have the size of one group.
         """
         return 1
 
@@ -155,6 +155,7 @@ class LayerRule(ABC):
 
 RuleSource = LayerRule | Callable[[nn.Module], LayerRule]
 _RULES: dict[type[nn.Module], RuleSource] = {}
+_NAMED_RULES: dict[str, LayerRule] = {}  # of classes in libraries that need not be installed
 R = TypeVar("R", bound=type[LayerRule])
 
 
@@ -199,6 +200,14 @@ def register_layer_rule(
     return None
 
 
+def _for_class_named(name: str) -> Callable[[R], R]:
+    def decorate(cls: R) -> R:
+        _NAMED_RULES[name] = cls()
+        return cls
+
+    return decorate
+
+
 def rule_for(layer: nn.Module) -> LayerRule | None:
     """The rule that holds for a layer, or ``None`` if there is none.
 
@@ -207,7 +216,7 @@ def rule_for(layer: nn.Module) -> LayerRule | None:
     ``Conv2d`` does not, and is refused when it runs.
     """
     for cls in type(layer).__mro__:
-        source = _RULES.get(cls)
+        source = _RULES.get(cls) or _NAMED_RULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if source is None:
             continue
         if "forward" in layer.__dict__:
@@ -421,9 +430,13 @@ class _Conv(_Mixer):
 class _GroupedConv(_Conv):
     """Groups must stay equal: a neuron is one channel of every group, on both sides."""
 
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        out = ("out",) * self.tiles(layer)
+        return {"weight": {0: out, 1: "in"}, "bias": {0: out}}
+
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         assert isinstance(layer, _ConvNd)
-        layer.in_channels, layer.out_channels = layer.groups * sizes["in"], sizes["out"]
+        layer.in_channels, layer.out_channels = layer.groups * sizes["in"], layer.groups * sizes["out"]
 
     def tiles(self, layer: nn.Module) -> int:
         assert isinstance(layer, _ConvNd)
@@ -433,6 +446,15 @@ class _GroupedConv(_Conv):
 class _ConvTranspose(_Conv):
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
+
+    def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
+        return inputs.numel() // inputs.shape[self.neuron_axis(layer, inputs)]
+
+
+class _GroupedConvTranspose(_GroupedConv):
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        groups = self.tiles(layer)
+        return {"weight": {0: ("in",) * groups, 1: "out"}, "bias": {0: ("out",) * groups}}
 
     def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
         return inputs.numel() // inputs.shape[self.neuron_axis(layer, inputs)]
@@ -544,13 +566,9 @@ def _convolution(layer: nn.Module) -> LayerRule:
     transposed = isinstance(layer, _ConvTransposeNd)
     if layer.groups == 1:
         return _ConvTranspose() if transposed else _Conv()
-    if layer.groups == layer.in_channels:
-        if transposed and layer.out_channels != layer.in_channels:
-            return _Refused("it is a transposed depthwise convolution with a channel multiplier")
+    if layer.groups == layer.in_channels and not (transposed and layer.out_channels != layer.in_channels):
         return _DepthwiseConv()
-    if transposed:
-        return _Refused(f"it is a transposed convolution with {layer.groups} groups")
-    return _GroupedConv()
+    return _GroupedConvTranspose() if transposed else _GroupedConv()
 
 
 def _register_builtin_rules() -> None:
@@ -570,3 +588,17 @@ def _register_builtin_rules() -> None:
 
 
 _register_builtin_rules()
+
+
+@_for_class_named("transformers.pytorch_utils.Conv1D")
+class _TransposedLinear(_Mixer):
+    """The linear layer of GPT-2: a weight of shape (inputs, outputs)."""
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        layer.nx, layer.nf = sizes["in"], sizes["out"]  # type: ignore[assignment]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        return -1

@@ -327,10 +327,10 @@ class _Tracer(Watcher):
             profile = profile.repeat_interleave(x.shape[axis] // size)
         else:
             key: PortKey = (path, port)
+            tiles = rule.tiles(layer)
             if key not in self.ports:
-                self.ports[key] = torch.from_numpy(self.table.mint(x.shape[axis]))
-                mode.merge(self.ports[key].view(rule.tiles(layer), -1), 0, f"'{path}'")
-            profile = self.ports[key]
+                self.ports[key] = torch.from_numpy(self.table.mint(x.shape[axis] // tiles))
+            profile = self.ports[key].repeat(tiles)
         shape = [1] * x.ndim
         shape[axis] = -1
         mode.set(x, profile.view(shape).expand(x.shape))

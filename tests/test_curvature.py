@@ -13,6 +13,7 @@ from lightning_split.curvature import SplittingOperator
 from lightning_split.surgery import Split
 from lightning_split.surrogates import SmoothDerivatives
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from networks import CASES, loss_of, randomised, relu_mlp
 
@@ -314,3 +315,43 @@ def test_errors_are_sentences() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             product(loss, batches, v)
+
+
+class _Attending(nn.Module):
+    """Fused attention between layers that are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mixed = nn.Linear(3, 5), nn.Linear(5, 6)
+        self.values, self.out = nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mixed(torch.tanh(self.first(x)))
+        return self.out(torch.tanh(F.scaled_dot_product_attention(h, h, self.values(h))))
+
+
+def test_fused_attention_has_second_derivatives() -> None:
+    """The kernels of fused attention cannot be differentiated twice; its plain form can, and is equal."""
+    torch.manual_seed(0)
+    model, x = _Attending().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    arch = trace(model, x)
+    assert {"first", "values"} <= arch.widths.keys()
+    operator = SplittingOperator(model, arch, [x], lambda m, b: (m(b) - 1).square().mean())
+    products = operator.matvec({g.name: torch.ones(g.width, g.dim).double() for g in arch.groups})
+    assert float(products["values"].abs().max()) > 1e-8
+
+
+def test_an_operator_without_second_derivative_is_named() -> None:
+    """A sentence says which operator it is, and what to do, in place of PyTorch's error."""
+
+    class Insisting(_Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Insisting().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    arch = trace(model, x)
+    operator = SplittingOperator(model, arch, [x], lambda m, b: m(b).square().mean())
+    with pytest.raises(ValueError, match=r"no second derivative.*exclude"):
+        operator.matvec({g.name: torch.ones(g.width, g.dim).double() for g in arch.groups})

@@ -215,6 +215,24 @@ def _grouped(b: Builder) -> nn.Module:
     return Block(lambda s, x: act(s.e(act(s.a(x)))), a=b.conv(c, inner), e=grouped)
 
 
+def _grouped_transposed(b: Builder) -> nn.Module:
+    act, c, groups = b.act(), b.channels, b.rng.choice([2, 3])
+    inner = groups * b.width()
+    grouped = TRANSPOSED[b.dims - 1](inner, b.to(groups * b.width()), 2, groups=groups)
+    return Block(lambda s, x: act(s.e(act(s.a(x)))), a=b.conv(c, inner), e=grouped)
+
+
+def _group_norm(b: Builder) -> nn.Module:
+    act, c, size = b.act(), b.channels, b.rng.choice([1, 2, 3])
+    wide = size * b.width()
+    return Block(
+        lambda s, x: s.e(act(s.n(s.a(x)))),
+        a=b.conv(c, wide),
+        n=nn.GroupNorm(wide // size, wide),
+        e=b.conv(wide, b.to(b.width())),
+    )
+
+
 def _shuffle(b: Builder) -> nn.Module:
     c, o = b.channels, b.to(2 * b.width())
     return Block(
@@ -268,7 +286,18 @@ PLAIN = SMOOTH | {f.__name__[1:]: f for f in (_prelu, _maximum)}
 # Blocks that couple channels with each other, or refuse some of them, depending on what surrounds them.
 TRICKY = {
     f.__name__[1:]: f
-    for f in (_glu, _grouped, _shuffle, _crelu, _spatial_gate, _repeat, _layer_norm, _attended)
+    for f in (
+        _glu,
+        _grouped,
+        _grouped_transposed,
+        _group_norm,
+        _shuffle,
+        _crelu,
+        _spatial_gate,
+        _repeat,
+        _layer_norm,
+        _attended,
+    )
 }
 FLATTENED = ("flatten", "channels last", "mean", "linear over columns")
 FLAT = ("linear", "norm", "residual", "concat", "gate", "shared", "prelu", "narrow", "unflatten")

@@ -123,11 +123,6 @@ REFUSALS = {
     "gather": (lambda x: x[:, torch.tensor([1, 0, 2, 3, 4, 5])], 6, "indexing"),
     "cut axis": (lambda x: x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6), 6, "after growth"),
     "attention": (lambda x: x @ (x.T @ x), 6, "contracts the neurons|matrix product"),
-    "grouped": (
-        nn.Sequential(nn.Unflatten(1, (6, 1)), nn.ConvTranspose1d(6, 6, 1, groups=2), nn.Flatten()),
-        6,
-        "transposed convolution with 2 groups",
-    ),
     "split": (lambda x: x.split(3, 1)[0] * x.split(3, 1)[1], 3, "split cuts or reorders"),
     "query and key": (
         lambda x: F.scaled_dot_product_attention(x[None], x[None], torch.ones(1, len(x), 6).to(x))[0],
