@@ -345,13 +345,19 @@ def test_an_operator_without_second_derivative_is_named() -> None:
     """A sentence says which operator it is, and what to do, in place of PyTorch's error."""
 
     class Insisting(_Attending):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
         def forward(self, x: Tensor) -> Tensor:
+            h = self.mixed(torch.tanh(self.first(x)))[:, None]
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return super().forward(x)
+                mixed = F.scaled_dot_product_attention(h, h, self.values(h))
+            return self.out(torch.tanh(mixed))
 
     torch.manual_seed(0)
-    model, x = Insisting().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    model, x = Insisting().float(), torch.randn(2, 5, 3, dtype=torch.float32)
     arch = trace(model, x)
     operator = SplittingOperator(model, arch, [x], lambda m, b: m(b).square().mean())
     with pytest.raises(ValueError, match=r"no second derivative.*exclude"):
-        operator.matvec({g.name: torch.ones(g.width, g.dim).double() for g in arch.groups})
+        operator.matvec({g.name: torch.ones(g.width, g.dim, dtype=torch.float32) for g in arch.groups})
