@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning_split import LayerRule, register_layer_rule, split_neurons, trace
-from lightning_split.curvature import SplittingOperator
+from lightning_split.curvature import SplittingOperator, _no_second_derivative
 from lightning_split.surgery import Split
 from lightning_split.surrogates import SmoothDerivatives
 from torch import Tensor, nn
@@ -344,20 +345,15 @@ def test_fused_attention_has_second_derivatives() -> None:
 def test_an_operator_without_second_derivative_is_named() -> None:
     """A sentence says which operator it is, and what to do, in place of PyTorch's error."""
 
-    class Insisting(_Attending):
-        def __init__(self) -> None:
-            super().__init__()
-            self.values, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.mixed(torch.tanh(self.first(x)))[:, None]
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                mixed = F.scaled_dot_product_attention(h, h, self.values(h))
-            return self.out(torch.tanh(mixed))
-
     torch.manual_seed(0)
-    model, x = Insisting().float(), torch.randn(2, 5, 3, dtype=torch.float32)
-    arch = trace(model, x)
-    operator = SplittingOperator(model, arch, [x], lambda m, b: m(b).square().mean())
-    with pytest.raises(ValueError, match=r"no second derivative.*exclude"):
-        operator.matvec({g.name: torch.ones(g.width, g.dim, dtype=torch.float32) for g in arch.groups})
+    h = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        mixed = F.scaled_dot_product_attention(h, h, h)
+    (first,) = torch.autograd.grad(mixed.square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(first.sum(), h)
+    error = _no_second_derivative(raised.value)
+    assert isinstance(error, ValueError)
+    assert re.search(r"flash_attention.*exclude", str(error))
+    other = RuntimeError("out of memory")
+    assert _no_second_derivative(other) is other
