@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # One thread per process: the tests are many small computations in JOBS processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test slow lint types docs clean
+.PHONY: demo test slow zoo lint types docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -18,6 +18,9 @@ test: lint types docs
 
 slow: .venv/dev.stamp
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
+
+zoo: .venv/dev.stamp
+	$(BIN)/python benchmarks/zoo.py --write docs/zoo.md
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

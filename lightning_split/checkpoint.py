@@ -59,7 +59,7 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
 def _sizes(layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]) -> dict[Port, int] | None:
     """The new size of every port, or ``None`` if the tensors do not agree on one."""
     tensors = layer_tensors(layer)
-    sizes: dict[Port, int] = {}
+    sizes = {port: size for port in rule.rigid if (size := rule.port_size(layer, port))}
     for name, (tensor, axes) in tensors.items():
         shape = incoming[name]
         if len(shape) != tensor.ndim or any(

@@ -7,7 +7,7 @@ are one and the same, which are barred and why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["FIXED", "CallMode", "Handler", "LabelMode", "NeuronTable", "stored_once", "tensors_of"]
+from lightning_split.constants import Constants
+
+__all__ = [
+    "FIXED",
+    "CallMode",
+    "Handler",
+    "LabelMode",
+    "NeuronTable",
+    "stored_once",
+    "tensors_of",
+    "written_by",
+]
 
 Ids = npt.NDArray[np.int64]
 FIXED = -1  # label of an element that belongs to no neuron
@@ -60,6 +71,15 @@ class NeuronTable:
             return False
         self._runs[members] = members[0]
         self._lookup = None
+        return True
+
+    def join(self, rows: Tensor) -> bool:
+        """Make each row of neighbouring ids one neuron, which moves as a block; ``False`` if it cannot be."""
+        for row in rows.numpy():
+            if (row >= 0).any():
+                if (row < 0).any() or not self.fuse(row):
+                    return False
+                self.tie(row[:-1], row[1:])
         return True
 
     def runs(self, labels: Tensor) -> Tensor:
@@ -124,11 +144,28 @@ class CallMode(TorchFunctionMode):
         if getattr(func, "__name__", "") in _READ_OUTSIDE and args:
             self._labels.bar([t for t in args if isinstance(t, Tensor)], _OUTSIDE)
         asked = func in (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
+        outer, self._labels.open_dim = self._labels.open_dim, _open_dim(func, args, kwargs or {})
         self._labels.chunks += asked
         try:
             return func(*args, **(kwargs or {}))
         finally:
             self._labels.chunks -= asked
+            self._labels.open_dim = outer
+
+
+def _open_dim(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The dimension of the result that a reshape leaves open (-1), if it does."""
+    if getattr(func, "__name__", "") not in ("view", "reshape", "unflatten", "view_as") or not args:
+        return None
+    values = [*args[1:], *kwargs.values()]
+    lists = [v for v in values if isinstance(v, (tuple, list))]
+    sizes = list(lists[0]) if lists else [v for v in values if isinstance(v, int)]
+    if -1 not in sizes:
+        return None
+    if func.__name__ == "unflatten":
+        first: int = next((v for v in values if isinstance(v, int)), 0)
+        return first % int(args[0].ndim) + sizes.index(-1)
+    return sizes.index(-1)
 
 
 class LabelMode(TorchDispatchMode):
@@ -154,10 +191,13 @@ class LabelMode(TorchDispatchMode):
         self.inside = 0  # > 0 while a layer with a rule runs: it may use its own weights
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
+        self.open_dim: int | None = None  # where a reshape that runs was given -1: this dimension may grow
         self.leaked: dict[Owner, str] = {}  # what was used outside of its layer, and by what
         self.where = where
         self._handler_of = handler_of
         self._follow = follow
+        self.constants = Constants()
+        self.claimed: list[Tensor] = []  # what an operator's handler has said about writes, in-place, is all
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -241,8 +281,14 @@ class LabelMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        mutated = [a for a in _mutated(func, args, kwargs) if not self.suspended]
+        out = self._labelled(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():
+            self.constants.follow(func, args, kwargs or {}, out)
+        return out
+
+    def _labelled(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operator and move the labels."""
+        mutated = [a for a in written_by(func, args, kwargs) if not self.suspended]
         out = func(*args, **kwargs)
         self._follow(out)
         if self.suspended:
@@ -260,7 +306,9 @@ class LabelMode(TorchDispatchMode):
             else:
                 self._handler_of(func)(self, func, name, args, kwargs, inputs, out)
             for tensor, labels in before:
-                self._check_write(name, tensor, labels)
+                if not any(tensor is t for t in self.claimed):
+                    self._check_write(name, tensor, labels)
+            self.claimed.clear()
         return out
 
     def _check_write(self, name: str, tensor: Tensor, before: Tensor | None) -> None:
@@ -331,7 +379,8 @@ def tensors_of(out: Any) -> list[Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
-def _mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that an operator writes into."""
     if not func._schema.is_mutable:
         return []
     found = []

@@ -81,6 +81,7 @@ class LayerRule(ABC):
     role: ClassVar[Literal["mixer", "channelwise"]]
     keeps_shape: ClassVar[bool] = False  # whether the output always has the shape of the input
     trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
+    rigid: ClassVar[frozenset[Port]] = frozenset()  # ports whose neurons are always as many
 
     @abstractmethod
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:

@@ -1,430 +1,399 @@
 """What each operator does to labels.
 
-Data movement is applied to the labels themselves; pointwise operators unify the labels they bring together;
-reductions keep a label that is constant over what they reduce. Everything else is a *barrier*: its neurons
-are left alone, with the reason. Nothing is guessed.
+Data movement is applied to the labels themselves (:mod:`lightning_split.movements`); pointwise operators
+unify the labels they bring together; reductions keep a label that is constant over what they reduce.
+Everything else is a *barrier*: its neurons are left alone, with the reason. Nothing is guessed.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from lightning_split.labels import FIXED, Handler, LabelMode, stored_once, tensors_of
+from lightning_split.constants import DRAWN, is_pointwise
+from lightning_split.labels import FIXED, Handler, LabelMode
+from lightning_split.movements import MOVEMENTS
+from lightning_split.operation import NOISE, Action, Operation, along, kept, narrowed, spread, unified
 
 __all__ = ["handler_of"]
 
 
 def handler_of(func: Any) -> Handler:
     """The handler of an operator; a barrier if there is none."""
-    handler = _HANDLERS.get(func.overloadpacket.__name__)
-    if handler is not None:
-        return handler
-    return _pointwise if torch.Tag.pointwise in func.tags else _barrier
+    name = func.overloadpacket.__name__
+    action = _ACTIONS.get(name) or (_pointwise if is_pointwise(func) else _barrier)
+    return lambda *call: action(Operation(*call))
 
 
-def _barrier(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    mode.bar(inputs, _BARRIER_REASONS.get(name, f"{name} is an operator that splitting cannot see through"))
-    for t in tensors_of(out):
-        mode.set(t, None)
+def _barrier(op: Operation) -> None:
+    op.refuse(_BARRIERS.get(op.name))
 
 
-def _look(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """What is asked of a tensor but its values."""
+def _look(op: Operation) -> None:
+    """What is asked of a tensor but its values; a new tensor of no neuron."""
 
 
-def _pointwise(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    outputs = list(tensors_of(out))
-    if not outputs:
+# elementwise ------------------------------------------------------------------------------------------
+
+
+def _pointwise(op: Operation) -> None:
+    """What meets element by element is one neuron; what belongs to none must be constant along them."""
+    mode = op.mode
+    if not op.outputs:
+        op.refuse(_READ)
         return
-    shape = outputs[0].shape
-    labelled = [(t, lab) for t in inputs if (lab := mode.get(t)) is not None]
-    vary = [False] * len(shape)
-    for _, labels in labelled:
-        own = mode.varying(labels)
-        vary = [v or o for v, o in zip(vary, [False] * (len(shape) - len(own)) + own, strict=True)]
-    for t in inputs:
-        if mode.get(t) is None and t.ndim:
-            sizes = [1] * (len(shape) - t.ndim) + list(t.shape)
-            if any(v and s > 1 for v, s in zip(vary, sizes, strict=True)):
-                what = "a raw parameter" if isinstance(t, torch.nn.Parameter) else "values"
-                mode.bar(
-                    (x for x, _ in labelled),
-                    f"{name} meets {what} that extend along the neurons but belong to none",
-                )
-                for o in outputs:
-                    mode.set(o, None)
-                return
-    spread = []  # a map of one channel that weighs all others (spatial attention): it stays one channel
-    for t, lab in labelled:
+    shape = op.outputs[0].shape
+    labelled = [t for t in op.labelled if not mode.constants.uniform(t)] or op.labelled
+    vary = _varying(op, labelled, shape)
+    if any(op.foreign(t, vary) for t in op.inputs):
+        return
+    pairs: list[Tensor] = []
+    spreading: list[Tensor] = []
+    for t in labelled:
         sizes = [1] * (len(shape) - t.ndim) + list(t.shape)
-        if any(v and s == 1 < n for v, s, n in zip(vary, sizes, shape, strict=True)):
-            spread.append((t, lab))
-    mode.bar((t for t, _ in spread), f"{name} spreads them along other neurons, so that they cannot be more")
-    labelled = [pair for pair in labelled if not any(pair[0] is t for t, _ in spread)]
-    labels = labelled[0][1].expand(shape) if labelled else torch.full((), FIXED).expand(shape)
-    for _, other in labelled[1:]:
-        labels = mode.unify(labels, other, name)
-    for o in outputs:
-        mode.set(o, labels if o.shape == shape else None)
+        # A map of one channel that weighs all others (spatial attention) stays one channel.
+        over = any(v and s == 1 < n for v, s, n in zip(vary, sizes, shape, strict=True))
+        (spreading if over else pairs).append(t)
+    mode.bar(spreading, f"{op.name} spreads them along other neurons, so that they cannot be more")
+    labels = torch.full((), FIXED).expand(shape)
+    for i, t in enumerate(pairs):
+        own = mode.get(t)
+        assert own is not None
+        labels = mode.unify(labels, own, op.name) if i else own.expand(shape)
+    for t in op.outputs:
+        op.give(t, labels if t.shape == shape else None)
 
 
-def _move(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """Operators that only move elements: the same operator moves the labels."""
-    labels = mode.get(args[0])
-    if labels is None:
-        _barrier(mode, func, name, args, kwargs, inputs, out)
-        return
-    rest = tree_map_only(Tensor, lambda t: t.to(labels.device), tuple(args[1:]))  # indices
-    moved = func(labels, *rest, **kwargs)
-    for o, m in zip(tensors_of(out), tensors_of(moved), strict=True):
-        mode.set(o, m)
+def _varying(op: Operation, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[bool]:
+    """Along which dimensions of a broadcast result neurons lie."""
+    vary = [False] * len(shape)
+    for t in tensors:
+        labels = op.mode.get(t)
+        if labels is not None:
+            own = op.mode.varying(labels)
+            vary = [v or o for v, o in zip(vary, [False] * (len(shape) - len(own)) + own, strict=True)]
+    return vary
 
 
-def _same(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """Copies and ``*_like`` factories: the result is laid out as the first argument."""
-    source = mode.get(args[0])
-    for o in tensors_of(out):
-        mode.set(o, source)
-
-
-def _copy(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    source = mode.get(args[1])
-    mode.set(args[0], None if source is None else source.expand(args[0].shape))
-
-
-def _reshape(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """A reshape may merge the neuron axis with others, undo that, or cut it into equal groups.
-
-    Groups (heads, the groups of a channel shuffle) stay as many as they are and grow alike: a neuron is then
-    one channel of each of them. That the code means this, and not groups of fixed size, shows in the trial.
-    """
-    labels = mode.get(args[0])
-    assert labels is not None
-    moved = labels.reshape(out.shape)
-    cut = [d for d, v in enumerate(mode.varying(moved)) if v]
-    before = sum(mode.varying(labels))
-    if len(cut) > before:
-        if before > 1:
-            mode.set(out, moved)
-            mode.bar([out], f"{name} cuts the axis of the neurons into several")
-            mode.set(out, None)
-            return
-        for d in cut[:-1]:
-            moved = mode.merge(moved, d, name)
-    mode.set(out, moved)
-
-
-def _dims(args: Sequence[Any], kwargs: dict[str, Any], position: int, ndim: int) -> list[int]:
-    value = args[position] if len(args) > position else kwargs.get("dim")
-    if value is None or value == []:
-        return list(range(ndim))
-    return [d % ndim for d in (value if isinstance(value, (list, tuple)) else [value])] if ndim else []
-
-
-def _cut(dim_position: int) -> Handler:
-    """Slices, flips and the like: fine unless they cut or reorder the axis of the neurons."""
-
-    def handle(
-        mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-    ) -> None:
-        labels = mode.get(args[0])
-        if labels is None:
-            _barrier(mode, func, name, args, kwargs, inputs, out)
-            return
-        vary = mode.varying(labels)
-        default = args[dim_position] if len(args) > dim_position else kwargs.get("dim", 0)
-        dims = default if isinstance(default, (list, tuple)) else [default]
-        if mode.chunks and name == "split" and [d for d, v in enumerate(vary) if v] == [dims[0] % len(vary)]:
-            _chunk(mode, labels, dims[0] % len(vary), tensors_of(out), name)
-            return
-        unchanged = all(o.shape == args[0].shape for o in tensors_of(out)) and name == "slice"
-        if any(vary[d % len(vary)] for d in dims) and not unchanged:
-            mode.bar([args[0]], f"{name} cuts or reorders the axis of the neurons")
-            for o in tensors_of(out):
-                mode.set(o, None)
-            return
-        _move(mode, func, name, args, kwargs, inputs, out)
-
-    return handle
-
-
-def _chunk(mode: LabelMode, labels: Tensor, dim: int, pieces: list[Tensor], name: str) -> None:
-    """Equal pieces of the neuron axis, as many as there are now: they grow alike."""
-    parts = labels.split([p.shape[dim] for p in pieces], dim)
-    if len({p.shape[dim] for p in parts}) > 1:
-        mode.table.bar(mode.ids(labels), f"{name} cuts the neurons into unequal pieces{mode.where()}")
+def _loss(op: Operation) -> None:
+    """A loss of hidden activations is a sum over neurons, unless it is kept element by element."""
+    if op.arguments["reduction"] == 0:
+        _pointwise(op)
     else:
-        for part in parts[1:]:
-            mode.unify(parts[0], part, name)
-    for piece, part in zip(pieces, parts, strict=True):
-        mode.set(piece, part)
+        op.refuse(f"{op.name} sums over the neurons, so that copies would count twice")
 
 
-def _glu(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    labels = mode.get(args[0])
+def _lookup(op: Operation) -> None:
+    """Bins with the same limits for all neurons."""
+    values, limits = op.args if op.name == "bucketize" else reversed(op.args[:2])
+    labels = op.mode.get(values) if isinstance(values, Tensor) else None
+    if labels is None or len(op.labelled) > 1 or limits.ndim > 1:
+        op.refuse()
+    else:
+        op.mode.set(op.outputs[0], labels)
+
+
+def _glu(op: Operation) -> None:
+    """The first half of an axis, each element with its gate in the second half."""
+    labels = op.labels()
     assert labels is not None
-    dim = (args[1] if len(args) > 1 else -1) % labels.ndim
-    if any(v for d, v in enumerate(mode.varying(labels)) if d != dim):
-        _barrier(mode, func, name, args, kwargs, inputs, out)
+    dim = op.arguments["dim"] % labels.ndim
+    if any(v for d, v in enumerate(op.mode.varying(labels)) if d != dim):
+        along(op, [dim], _BARRIERS.get(op.name, "glu pairs neurons"))
         return
     value, gate = labels.chunk(2, dim)
-    mode.set(out, mode.unify(value, gate, name))
+    op.mode.set(op.outputs[0], op.mode.unify(value, gate, op.name))
 
 
-def _attention(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
-    mode.bar(args[:2], "attention scores contract queries and keys over their channels")
-    for o in tensors_of(out):
-        mode.set(o, None)
-    values = mode.get(args[2])
-    if values is not None:
-        if mode.varying(values)[-2]:
-            mode.bar(args[2:3], "attention mixes the positions along which these neurons lie")
-        else:
-            mode.set(tensors_of(out)[0], values.narrow(-2, 0, 1).expand(tensors_of(out)[0].shape))
+# random -----------------------------------------------------------------------------------------------
 
 
-def _index(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """Picking samples or positions moves labels too; picking neurons, or by neurons' values, does not."""
-    labels = mode.get(args[0])
-    followed = labels is not None and all(mode.get(t) is None for t in inputs[1:])
-    if labels is not None:
-        vary, axis = mode.varying(labels), 0
-        for picked in args[1]:
-            mask = picked is not None and picked.dtype in (torch.bool, torch.uint8)
-            width = picked.ndim if mask else 1  # a mask stands for as many axes as it has
-            followed = followed and not (picked is not None and any(vary[axis : axis + width]))
-            axis += width
-    (_move if followed else _barrier)(mode, func, name, args, kwargs, inputs, out)
+def _noise(op: Operation) -> None:
+    """Random numbers for each neuron: its copies would draw others."""
+    op.mode.bar(op.inputs, NOISE)
+    source = op.labels()
+    for t in op.outputs:
+        op.mode.set(t, source if source is not None and source.shape == t.shape else None)
 
 
-def _repeat(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    labels = mode.get(args[0])
-    assert labels is not None
-    times = args[1]
-    vary = [False] * (len(times) - labels.ndim) + mode.varying(labels)
-    if any(v and t != 1 for v, t in zip(vary, times, strict=True)):
-        _barrier(mode, func, name, args, kwargs, inputs, out)
-        return
-    _move(mode, func, name, args, kwargs, inputs, out)
-
-
-def _pad(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    labels = mode.get(args[0])
-    assert labels is not None
-    padded = torch.nn.functional.pad(labels, list(args[1]), value=FIXED)
-    vary = mode.varying(labels)
-    along = [labels.ndim - 1 - i // 2 for i, p in enumerate(args[1]) if p]
-    # Constant padding in space is a value of the neuron; along the neuron axis it belongs to none.
-    mode.set(out, padded if any(vary[d] for d in along) else _spread(labels, out.shape))
-
-
-def _spread(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """Labels that do not depend on the dimensions whose size changes, at another size."""
-    for d, (old, new) in enumerate(zip(labels.shape, shape, strict=True)):
-        if old != new:
-            labels = labels.narrow(d, 0, 1)
-    return labels.expand(tuple(shape))
-
-
-def _cat(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if name == "stack":
-        dim %= inputs[0].ndim + 1
-        parts = [None if (m := mode.get(t)) is None else m.unsqueeze(dim) for t in inputs]
-        shapes = [t.unsqueeze(dim).shape for t in inputs]
+def _dropout(op: Operation) -> None:
+    """Dropout is no noise of the neurons: each has a fate of its own, by design. Stochastic neurons are."""
+    chances = op.arguments.get("p", op.args[0])
+    if not isinstance(chances, Tensor) or op.mode.constants.uniform(chances):
+        kept(op)
     else:
-        dim %= out.ndim
-        inputs = [t for t in inputs if t.numel()]  # legacy: empty tensors are skipped
-        parts = [mode.get(t) for t in inputs]
-        shapes = [t.shape for t in inputs]
-    varying = [mode.varying(p) for p in parts if p is not None]
-    along = any(v[dim] for v in varying)
-    across = any(v for vs in varying for d, v in enumerate(vs) if d != dim)
-    if across and not along and all(p is not None for p in parts):
-        labels = parts[0].narrow(dim, 0, 1)  # type: ignore[union-attr]
-        for part in parts[1:]:
-            labels = mode.unify(labels, part.narrow(dim, 0, 1), name)  # type: ignore[union-attr]
-        mode.set(out, labels.expand(out.shape))
+        _noise(op)
+
+
+def _leaky(op: Operation) -> None:
+    """Slopes are drawn in training only."""
+    (_noise if op.arguments["training"] else _pointwise)(op)
+
+
+# reductions -------------------------------------------------------------------------------------------
+
+
+def _reduce(op: Operation) -> None:
+    """What goes over one or all dimensions: reductions, scans, sorting, Fourier transforms."""
+    if "other" in op.arguments:  # max(x, y), min(x, y)
+        _pointwise(op)
         return
-    if across:
-        mode.bar(inputs, f"{name} joins neurons with values along another axis")
-        mode.set(out, None)
-        return
-    joined = [torch.full(tuple(s), FIXED) if p is None else p for p, s in zip(parts, shapes, strict=True)]
-    for a, b in itertools.pairwise(joined):
-        ends = mode.table.runs(stored_once(a.select(dim, -1))), mode.table.runs(stored_once(b.select(dim, 0)))
-        if bool(((ends[0] == ends[1]) & (ends[0] >= 0)).any()):
-            mode.bar(inputs, f"{name} puts a neuron next to itself")
-    mode.set(out, torch.cat(joined, dim))
+    along(op, op.dims("dim"), _MIXED.get(op.name, f"{op.name} mixes the neurons"))
 
 
-def _reduce(dim_position: int) -> Handler:
-    def handle(
-        mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-    ) -> None:
-        labels = mode.get(args[0])
-        if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y), min(x, y)
-            _pointwise(mode, func, name, args, kwargs, inputs, out)
-            return
-        if labels is None or len([t for t in inputs if mode.get(t) is not None]) > 1:
-            _barrier(mode, func, name, args, kwargs, inputs, out)
-            return
-        dims = _dims(args, kwargs, dim_position, labels.ndim)
-        vary = mode.varying(labels)
-        if any(vary[d] for d in dims):
-            mode.bar([args[0]], _BARRIER_REASONS.get(name, f"{name} mixes the neurons"))
-            for o in tensors_of(out):
-                mode.set(o, None)
-            return
-        for o in tensors_of(out):
-            if o.shape == labels.shape:
-                kept = labels
-            else:
-                kept = labels
-                for d in sorted(dims, reverse=True):
-                    kept = kept.narrow(d, 0, 1) if o.ndim == labels.ndim else kept.select(d, 0)
-            mode.set(o, kept)
-
-    return handle
-
-
-def _spatial(num_dims: int) -> Handler:
+def _spatial(num_dims: int) -> Action:
     """Pooling, padding and interpolation over the last ``num_dims`` dimensions."""
 
-    def handle(
-        mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-    ) -> None:
-        labels = mode.get(args[0])
-        only = [t for t in inputs if mode.get(t) is not None]
-        if labels is None or len(only) > 1 or any(mode.varying(labels)[-num_dims:]):
-            _barrier(mode, func, name, args, kwargs, inputs, out)
+    def handle(op: Operation) -> None:
+        labels = op.labels()
+        if labels is None or len(op.labelled) > 1 or any(op.mode.varying(labels)[-num_dims:]):
+            _barrier(op)
             return
-        for o in tensors_of(out):
-            if o.ndim == labels.ndim:
-                mode.set(o, _spread(labels, o.shape))
+        for t in op.outputs:
+            if t.ndim == labels.ndim:
+                op.mode.set(t, spread(labels, t.shape))
 
     return handle
 
 
-def _matmul(
-    mode: LabelMode, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], out: Any
-) -> None:
-    """A product with values that are no neurons, over an axis along which no neurons lie, keeps labels."""
-    a, b = mode.get(args[0]), mode.get(args[1])
-    if (a is None) == (b is None):
-        _barrier(mode, func, name, args, kwargs, inputs, out)
-    elif a is not None and not mode.varying(a)[-1] and args[0].shape[-1] != 1:
-        mode.set(out, a.narrow(-1, 0, 1).expand(out.shape))
-    elif b is not None and not mode.varying(b)[-2] and args[1].shape[-2] != 1:
-        mode.set(out, b.narrow(-2, 0, 1).expand(out.shape))
+def _unpool(num_dims: int) -> Action:
+    """Values go to the places that indices name, one for each element."""
+
+    def handle(op: Operation) -> None:
+        ndim = op.args[0].ndim
+        labels = unified(op, op.args[:2], range(ndim - num_dims, ndim))
+        if labels is not None:
+            op.mode.set(op.outputs[0], spread(labels, op.outputs[0].shape))
+
+    return handle
+
+
+def _layer_norm(op: Operation) -> None:
+    """Mean and variance over the last dimensions, which may be space."""
+    labels, ndim = op.labels(), op.args[0].ndim
+    dims = range(ndim - len(op.args[1]), ndim)
+    if labels is None or len(op.labelled) > 1 or any(op.mode.varying(labels)[d] for d in dims):
+        _barrier(op)
+        return
+    for t in op.outputs:
+        op.mode.set(t, labels if t.shape == labels.shape else None)
+
+
+def _batch_norm(op: Operation) -> None:
+    """Mean and variance of each channel, in a function without weights of its own."""
+    labels = op.labels()
+    plain = all(all(op.mode.constants.flat(t)) for t in op.inputs[1:])
+    if labels is None or len(op.labelled) > 1 or not plain or _beyond(op.mode.varying(labels), 1):
+        _barrier(op)
     else:
-        _barrier(mode, func, name, args, kwargs, inputs, out)
+        op.mode.set(op.outputs[0], labels)
 
 
-_BARRIER_REASONS = {
+def _beyond(vary: Sequence[bool], axis: int) -> bool:
+    """Whether neurons lie along another axis than this one."""
+    return any(v for d, v in enumerate(vary) if d != axis)
+
+
+# products ---------------------------------------------------------------------------------------------
+
+
+def _matmul(op: Operation) -> None:
+    """A product over an axis along which no neurons lie keeps the labels of the others."""
+    mode, out = op.mode, op.outputs[0]
+    found = []
+    for t, axis in ((op.args[0], -1), (op.args[1], -2)):
+        labels = mode.get(t)
+        if labels is not None:
+            if mode.varying(labels)[axis] or t.shape[axis] == 1:
+                _barrier(op)
+                return
+            found.append(narrowed(labels, [axis]).expand(out.shape))
+    if len(found) == 2:
+        vary = [mode.varying(labels) for labels in found]
+        if vary[0] != vary[1] or not any(vary[0][:-2]) or any(vary[0][-2:]):
+            _barrier(op)
+            return
+        found[0] = mode.unify(found[0], found[1], op.name)
+    elif _batched_otherwise(op, mode.varying(found[0])):
+        return
+    mode.set(out, found[0])
+
+
+def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
+    """Whether neurons lie along the batch, on which the other factor differs; if so, refuse."""
+    return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs)
+
+
+def _convolution(op: Operation) -> None:
+    """One filter for all channels (blur pooling), or a convolution with neurons along the batch."""
+    mode, (x, weight, bias) = op.mode, op.args[:3]
+    labels = mode.get(x)
+    if labels is None or len(op.labelled) > 1:
+        _barrier(op)
+        return
+    vary, out = mode.varying(labels), op.outputs[0]
+    same = mode.constants.flat(weight)[0] and (bias is None or all(mode.constants.flat(bias)))
+    if vary[0] and sum(vary) == 1:
+        mode.set(out, narrowed(labels, range(1, x.ndim)).expand(out.shape))
+    elif vary[1] and sum(vary) == 1 and op.arguments["groups"] == x.shape[1] and same:
+        core = narrowed(labels, [d for d in range(x.ndim) if d != 1])
+        mode.set(out, core.repeat_interleave(out.shape[1] // x.shape[1], 1).expand(out.shape))
+    else:
+        _barrier(op)
+
+
+def _attention(op: Operation) -> None:
+    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
+    mode, out, values = op.mode, op.outputs[0], op.args[2]
+    labels = mode.get(values)
+    heads = [_of_heads(mode, t) for t in op.args[:3]]
+    if labels is not None and all(h is not None for h in heads):  # each head is one neuron
+        whole = heads[0]
+        for other in heads[1:]:
+            whole = mode.unify(whole, other, op.name)  # type: ignore[arg-type]
+        mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
+        return
+    op.refuse(
+        "attention scores contract queries and keys over their channels",
+        [t for t in op.inputs if t is not values or any(values is q for q in op.args[:2])],
+    )
+    if labels is None:
+        return
+    if mode.varying(labels)[-2]:
+        mode.bar([values], "attention mixes the positions along which these neurons lie")
+        return
+    labels = narrowed(labels, [-2])
+    if labels.ndim > 2 and 1 < labels.shape[-3] < out.shape[-3]:  # several queries share a head
+        labels = labels.repeat_interleave(out.shape[-3] // labels.shape[-3], -3)
+    mode.set(out, labels.expand(out.shape))
+
+
+def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:
+    """Labels that name the head only, ``(..., heads, 1, 1)``; ``None`` if there is more or less to them."""
+    labels = mode.get(tensor)
+    if labels is None or labels.ndim < 3 or any(mode.varying(labels)[-2:]):
+        return None
+    return narrowed(labels, [-1, -2])
+
+
+# reasons ----------------------------------------------------------------------------------------------
+
+_READ = "a value of the neurons is read as a Python number"
+_PRODUCT = "a product of activations contracts the neurons"
+_MATRIX = "a matrix product outside of a layer with a rule reads the neurons"
+_DISTANCE = "distances are taken over the neurons"
+_RMS = "RMS normalisation takes the mean square over the neurons"
+
+_BARRIERS = {
     "native_layer_norm": "layer normalisation takes mean and variance over the neurons",
     "native_group_norm": "group normalisation takes mean and variance over several neurons",
-    "_softmax": "softmax normalises over the neurons",
-    "_log_softmax": "log-softmax normalises over the neurons",
+    "_fused_rms_norm": _RMS,
     "convolution": "a convolution outside of a layer with a rule reads the neurons",
-    "mm": "a matrix product outside of a layer with a rule reads the neurons",
-    "addmm": "a matrix product outside of a layer with a rule reads the neurons",
-    "bmm": "a product of activations contracts the neurons",
-    "baddbmm": "a product of activations contracts the neurons",
-    "index": "indexing picks elements in a way that splitting cannot follow",
-    "_local_scalar_dense": "a value of the neuron is read as a Python number",
+    **dict.fromkeys(["mm", "addmm", "mv", "addmv"], _MATRIX),
+    **dict.fromkeys(["bmm", "baddbmm", "dot", "vdot"], _PRODUCT),
+    "_trilinear": "a bilinear form outside of a layer with a rule reads the neurons",
+    **dict.fromkeys(["_cdist_forward", "_euclidean_dist", "_pdist_forward", "dist"], _DISTANCE),
+    "affine_grid_generator": "affine_grid makes coordinates of the neurons",
+    "masked_select": "masked_select picks elements in a way that splitting cannot follow",
+    "multinomial": "multinomial samples one of the neurons",
+    **dict.fromkeys(["_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true"], _READ),
+    "fractional_max_pool2d": NOISE,
+    "fractional_max_pool3d": NOISE,
+}
+_MIXED = {
+    "_softmax": "softmax normalises over the neurons",
+    "_safe_softmax": "softmax normalises over the neurons",
+    "_log_softmax": "log-softmax normalises over the neurons",
+    **{
+        n: f"{n} is an operator that compares the neurons with each other"
+        for n in ("sort", "topk", "kthvalue")
+    },
+    **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], "a Fourier transform goes over the neurons"),
 }
 
 
-_HANDLERS: dict[str, Handler] = {}
+# what is registered -----------------------------------------------------------------------------------
 
 
-def _register(handler: Handler, *names: str) -> None:
-    for name in names:
-        _HANDLERS[name] = handler
+def _all(action: Action, *names: str) -> dict[str, Action]:
+    return dict.fromkeys(names, action)
 
 
-_register(
-    _look,
-    "device",
-    "layout",
-    "dim",
-    "is_contiguous",
-    "is_strides_like_format",
-    "is_non_overlapping_and_dense",
-)
-_register(
-    _look, *(f"{_sym}{_n}" for _sym in ("", "sym_") for _n in ("size", "stride", "numel", "storage_offset"))
-)
-_register(_move, "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "alias", "movedim")
-_register(_same, "detach", "clone", "contiguous", "_to_copy", "lift_fresh", "view_as", "alias")
-_register(_same, "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
-_register(_same, "bernoulli", "bernoulli_", "native_dropout", "uniform_", "normal_", "fill_", "zero_")
-_register(_copy, "copy_")
-_register(_reshape, "view", "_unsafe_view", "reshape", "_reshape_alias")
-_register(_cut(1), "slice", "select", "unbind", "index_select", "flip", "unfold")
-_register(_cut(2), "split", "split_with_sizes", "roll")
-_register(_repeat, "repeat")
-_register(_index, "index")
-_register(_glu, "glu")
-_register(
-    _attention,
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-    *("_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable"),
-)
-_register(_pad, "constant_pad_nd")
-_register(_cat, "cat", "stack")
-_register(_pointwise, "hardswish", "hardswish_", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise")
-_register(
-    _pointwise, "hardsigmoid", "hardsigmoid_", "where", "clamp", "clamp_", "masked_fill", "masked_fill_"
-)
-_register(_reduce(1), "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod", "any", "all")
-_register(_reduce(1), "var_mean", "std_mean", "max", "min", "argmax", "argmin", "median", "cumsum")
-_register(_reduce(1), "_softmax", "_log_softmax", "cumprod")
-_register(_reduce(2), "norm", "linalg_vector_norm")
-_register(_matmul, "mm", "bmm")
-for _n in (1, 2, 3):
-    _register(_spatial(_n), f"avg_pool{_n}d", f"max_pool{_n}d_with_indices", f"max_pool{_n}d")
-    _register(_spatial(_n), f"_adaptive_avg_pool{_n}d", f"adaptive_avg_pool{_n}d")
-    _register(_spatial(_n), f"adaptive_max_pool{_n}d", f"upsample_nearest{_n}d")
-    _register(_spatial(_n), f"reflection_pad{_n}d", f"replication_pad{_n}d")
-    _register(_spatial(_n), f"_upsample_nearest_exact{_n}d", f"fractional_max_pool{_n}d")
-_register(_spatial(1), "upsample_linear1d")
-_register(
-    _spatial(2), "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "grid_sampler_2d"
-)
-_register(_spatial(3), "upsample_trilinear3d", "grid_sampler_3d")
+def _sizes() -> list[str]:
+    return [f"{sym}{n}" for sym in ("", "sym_") for n in ("size", "stride", "numel", "storage_offset")]
+
+
+def _over_space(k: int) -> dict[str, Action]:
+    pools = [f"avg_pool{k}d", f"max_pool{k}d_with_indices", f"max_pool{k}d", f"_adaptive_avg_pool{k}d"]
+    pools += [f"adaptive_avg_pool{k}d", f"adaptive_max_pool{k}d", f"upsample_nearest{k}d"]
+    pools += [
+        f"reflection_pad{k}d",
+        f"replication_pad{k}d",
+        f"_upsample_nearest_exact{k}d",
+        f"grid_sampler_{k}d",
+    ]
+    pools += {1: ["upsample_linear1d"], 3: ["upsample_trilinear3d"]}.get(
+        k, ["upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"]
+    )
+    return {**_all(_spatial(k), *pools), f"max_unpool{k}d": _unpool(k)}
+
+
+_LIKE = ["empty_like", "zeros_like", "ones_like", "full_like"]
+_NEW = ["new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"]
+_REDUCTIONS = [
+    "mean",
+    "sum",
+    "nansum",
+    "prod",
+    "any",
+    "all",
+    "amax",
+    "amin",
+    "aminmax",
+    "max",
+    "min",
+    "argmax",
+]
+_REDUCTIONS += ["argmin", "var", "std", "var_mean", "std_mean", "median", "nanmedian", "mode", "logsumexp"]
+_REDUCTIONS += ["norm", "linalg_vector_norm", "count_nonzero"]
+_SCANS = ["cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "cumsum_", "cumprod_"]
+_SCANS += ["sort", "argsort", "topk", "kthvalue", "_softmax", "_safe_softmax", "_log_softmax"]
+_UNTAGGED = [
+    "hardswish",
+    "hardswish_",
+    "log_sigmoid_forward",
+    "_prelu_kernel",
+    "complex",
+    "polar",
+]  # but pointwise
+_UNTAGGED += ["masked_fill", "masked_fill_", "hardtanh_", "rrelu"]
+_LOSSES = ["mse_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "binary_cross_entropy"]
+_ATTENTION = [f"_scaled_dot_product_{k}_attention" for k in ("flash", "efficient", "cudnn")]
+_ATTENTION += ["_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"]
+
+_ACTIONS: dict[str, Action] = {
+    **MOVEMENTS,
+    **_all(_look, "device", "layout", "dim", "is_contiguous", "is_strides_like_format", *_sizes(), *_NEW),
+    **_all(_look, "is_non_overlapping_and_dense"),
+    **_all(kept, "detach", "detach_", "clone", "contiguous", "_to_copy", "lift_fresh", "view_as", *_LIKE),
+    **_all(kept, "_conj", "resolve_conj", "_neg_view", "resolve_neg", "native_dropout", "_fused_dropout"),
+    **_all(_pointwise, *_UNTAGGED),
+    **_all(_loss, *_LOSSES, "binary_cross_entropy_with_logits"),
+    **_all(_lookup, "bucketize", "searchsorted"),
+    "glu": _glu,
+    **_all(_noise, *DRAWN - {"multinomial"}),
+    **_all(_dropout, "bernoulli", "bernoulli_"),
+    **_all(_leaky, "rrelu_with_noise", "rrelu_with_noise_"),
+    **_all(_reduce, *_REDUCTIONS, *_SCANS, "_fft_r2c", "_fft_c2r", "_fft_c2c"),
+    **_over_space(1),
+    **_over_space(2),
+    **_over_space(3),
+    **_all(_layer_norm, "native_layer_norm", "_fused_rms_norm"),
+    **_all(_batch_norm, "native_batch_norm"),
+    **_all(_matmul, "mm", "bmm"),
+    "convolution": _convolution,
+    **_all(_attention, *_ATTENTION, "_scaled_dot_product_fused_attention_overrideable"),
+}

@@ -243,31 +243,31 @@ class Surgery:
         displaced: Mapping[tuple[int, int], Tensor] | None,
     ) -> tuple[Tensor, _Displacement | None, dict[int, AxisMap]]:
         """The widened tensor, how it is displaced, and how its axes grew."""
-        new, moved = tensor.detach(), None
+        moved = None
         maps: dict[int, AxisMap] = {}
+        scales: list[tuple[int, Tensor]] = []
         for axis, blocks in sorted(axes.items(), key=lambda item: port_kind(item[1][0].port) == "in"):
             if not any(block.port in growth for block in blocks):
                 continue
             self._check_fit(path, name, tensor, axis, blocks)
             g = _joined([_stretched(growth.get(block.port), block) for block in blocks])
-            index = g.index.to(tensor.device)
-            if self._hollow:
-                shape = list(new.shape)
-                shape[axis] = len(index)
-                new = new.new_zeros(()).expand(shape)
-            elif port_kind(blocks[0].port) == "in":
-                new = _scale_(new.index_select(axis, index), g.factor, axis)
-                if moved is not None:
-                    other = axis + (axis < moved.axis)
-                    values = _scale_(moved.values.index_select(other, index), g.factor, other)
-                    moved = moved._replace(values=values)
-            else:
-                new = new.index_select(axis, index)
-                if displaced:
-                    moved = _displacement(new, axis, g, displaced)
             consumed = port_kind(blocks[0].port) == "in"
             maps[axis] = AxisMap(g.index, torch.ones_like(g.factor) if consumed else g.factor)
-        return (new if self._hollow else _same_format(new, tensor)), moved, maps
+            if consumed:
+                scales.append((axis, g.factor))
+                if moved is not None:
+                    other = axis + (axis < moved.axis)
+                    values = moved.values.index_select(other, g.index.to(tensor.device))
+                    moved = moved._replace(values=_scale_(values, g.factor, other))
+            elif displaced:
+                moved = _displacement(tensor, axis, g, displaced)
+        if self._hollow:
+            shape = [len(maps[d].index) if d in maps else size for d, size in enumerate(tensor.shape)]
+            return tensor.detach().new_zeros(()).expand(shape), moved, maps
+        new = _selected(tensor.detach(), {axis: m.index for axis, m in maps.items()})
+        for axis, factor in scales:
+            _scale_(new, factor, axis)
+        return _same_format(new, tensor), moved, maps
 
     def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:
         fits = sum(block.size * block.multiple for block in blocks) == tensor.shape[axis] and all(
@@ -362,6 +362,22 @@ def _joined(parts: Sequence[_PortGrowth]) -> _PortGrowth:
     return _PortGrowth(
         *(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_PortGrowth))
     )
+
+
+def _selected(tensor: Tensor, picks: Mapping[int, Tensor]) -> Tensor:
+    """Entries picked along several axes, without a copy in between that is as large as the result."""
+    (axis, index), *rest = ((a, i.to(tensor.device)) for a, i in picks.items())
+    if not rest:
+        return tensor.index_select(axis, index)
+    shape = [len(picks[d]) if d in picks else size for d, size in enumerate(tensor.shape)]
+    new, start = tensor.new_empty(shape), 0
+    for part in index.chunk(16):
+        piece = tensor.index_select(axis, part)
+        for other, where in rest:
+            piece = piece.index_select(other, where)
+        new.narrow(axis, start, len(part)).copy_(piece)
+        start += len(part)
+    return new
 
 
 def _displacement(

@@ -345,21 +345,12 @@ class _Tracer(Watcher):
         if profile is None:
             return None
         block = rule.block(layer)
-        if block > 1 and not self._fused(profile.view(-1, block)):
+        if block > 1 and not self.table.join(profile.view(-1, block)):
             why = "takes mean and variance over several neurons that do not lie side by side"
             mode.bar([x], f"the {type(layer).__name__} '{path}' {why}")
             return None
         self._meet((path, port), profile, size)
         return profile
-
-    def _fused(self, rows: Tensor) -> bool:
-        """Make each row of channels one neuron, which moves as a block."""
-        for row in rows.numpy():
-            if (row >= 0).any():
-                if (row < 0).any() or not self.table.fuse(row):
-                    return False
-                self.table.tie(row[:-1], row[1:])
-        return True
 
     def _profile(self, layer: str, x: Tensor, axis: int) -> Tensor | None:
         """The labels along the neuron axis alone, or ``None`` (and a barrier) if there is more to them."""

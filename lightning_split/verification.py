@@ -363,7 +363,8 @@ def _ghosts(
     for group in groups:
         parts = []
         for block in group.theta:
-            size = float(model.get_submodule(block.module).get_parameter(block.tensor).detach().abs().mean())
+            weight = model.get_submodule(block.module).get_parameter(block.tensor).detach()
+            size = float(torch.linalg.vector_norm(weight, 1)) / weight.numel()
             size = size + 1e-2 if math.isfinite(size) else 1.0
             parts.append(size * torch.randn(count or group.width, block.size, generator=generator))
         yield group, torch.cat(parts, dim=1)
