@@ -157,14 +157,14 @@ def share(arch: Any) -> tuple[int, int]:
 HEAD = """\
 # The zoo
 
-What `trace` finds in every classification model of torchvision, for two images of 224 x 224 pixels (299 for Inception
-v3). This page is written by `make zoo`.
+What `trace` finds in every classification model of torchvision, for two images of 224 x 224 pixels (299 for
+Inception v3). This page is written by `make zoo`.
 
-*Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped convolutions,
-residual streams) one neuron has several of them. *Deviation* is the largest change of the output, relative to the
-largest output, after two random neurons of every group have been split without displacement: in float64, in eval and
-in train mode, all parameters random. *Trace* is the time of one call on a machine with {cores} cores, and *memory* its
-peak over that of one forward pass.
+*Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped
+convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the output,
+relative to the largest output, after two random neurons of every group have been split without displacement: in
+float64, in eval and in train mode, all parameters random. *Trace* is the time of one call on a machine with
+{cores} cores, and *memory* its peak over that of one forward pass.
 
 What is left alone has a mathematical reason, named below the table.
 
@@ -176,7 +176,8 @@ What is left alone has a mathematical reason, named below the table.
 def page(rows: list[dict[str, Any]]) -> str:
     """The page of the documentation."""
     lines = [
-        f"| {r['name']} | {r['groups']} | {r['neurons']:,} | {r['channels'] / r['hidden']:.0%} of {r['hidden']:,} "
+        f"| {r['name']} | {r['groups']} | {r['neurons']:,} "
+        f"| {r['channels'] / r['hidden']:.0%} of {r['hidden']:,} "
         f"| {r['deviation']:.0e} | {r['forward_s']:.2f} s | {r['trace_s']:.2f} s | {r['memory']:.2f} |"
         for r in rows
     ]

@@ -284,7 +284,7 @@ def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:
 _READ = "a value of the neurons is read as a Python number"
 _PRODUCT = "a product of activations contracts the neurons"
 _MATRIX = "a matrix product outside of a layer with a rule reads the neurons"
-_DISTANCE = "distances are taken over the neurons"
+_DISTANCE = "distances (cdist, dist) are taken over the neurons"
 _RMS = "RMS normalisation takes the mean square over the neurons"
 
 _BARRIERS = {

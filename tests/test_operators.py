@@ -324,7 +324,12 @@ REFUSED: dict[str, tuple[Any, Any, list[int], str]] = {
     "fourier": (on_vectors, lambda h: torch.fft.fft(h).real, [], "Fourier transform goes over the neurons"),
     "roll": (on_vectors, lambda h: h.roll(1, 1), [], "roll cuts or reorders"),
     "flat roll": (on_vectors, lambda h: h.roll(1), [], "roll cuts or reorders"),
-    "cdist": (on_vectors, lambda h: torch.cdist(h, h.cos()), [5, 7], "distances are taken over the neurons"),
+    "cdist": (
+        on_vectors,
+        lambda h: torch.cdist(h, h.cos()),
+        [5, 7],
+        "distances .* are taken over the neurons",
+    ),
     "normalize": (on_vectors, F.normalize, [], "linalg_vector_norm mixes the neurons"),
     "cosine": (on_vectors, lambda h: h * F.cosine_similarity(h, h.cos())[:, None], [], "mixes the neurons"),
     "loss": (on_vectors, lambda h: h + F.mse_loss(h, h.cos()), [], "mse_loss sums over the neurons"),
