@@ -70,9 +70,12 @@ class Operation:
             return False
         flat = self.mode.constants.flat(tensor)
         sizes = zip(reversed(vary), reversed(tensor.shape), reversed(flat), strict=False)
-        if not any(v and n > 1 and not f for v, n, f in sizes):
+        drawn = self.mode.constants.drawn(tensor)
+        # Of a single neuron nobody can tell along which axis there may be more.
+        doubt = drawn and not any(vary) and not all(flat)
+        if not doubt and not any(v and n > 1 and not f for v, n, f in sizes):
             return False
-        if self.mode.constants.drawn(tensor):
+        if drawn:
             self.refuse(NOISE)
         else:
             what = "a raw parameter" if isinstance(tensor, torch.nn.Parameter) else "values"

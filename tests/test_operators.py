@@ -420,6 +420,19 @@ def test_dropout_stays_followed() -> None:
         assert "hidden" in trace(model.train(), x).widths
 
 
+def test_noise_of_a_single_neuron_in_training_is_refused() -> None:
+    """One neuron has no axis yet, and the trial that compares values runs in eval mode."""
+    model, x = on_vectors(lambda h: h, 1)
+    model.middle = _TrainingNoise()
+    arch = trace(model, x)
+    assert NOISE in {u.name: u.reason for u in arch.unsplittable}["hidden"]
+
+
+class _TrainingNoise(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.randn(h.shape) if self.training else h
+
+
 def test_a_loss_of_hidden_values_bounds_what_grows() -> None:
     """An auxiliary loss on activations ends there."""
     model, x = on_vectors(torch.tanh)
