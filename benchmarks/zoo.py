@@ -163,8 +163,8 @@ Inception v3). This page is written by `make zoo`.
 *Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped
 convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the
 output, relative to the largest output, after two random neurons of every group have been split without
-displacement: in float64, in eval and in train mode, all parameters random. *Trace* is the time of one call on a
-machine with {cores} cores, and *memory* its peak over that of one forward pass.
+displacement: in float64, in eval and in train mode, all parameters random. *Trace* is the time of one call on
+a machine with {cores} cores, and *memory* its peak over that of one forward pass.
 
 What is left alone has a mathematical reason, named below the table.
 
