@@ -180,6 +180,7 @@ class _Tracer(Watcher):
         self._outputs_count = outputs_count  # whether the output is what the model is for, or a loss
         self._stack: list[str] = []
         self._passing: dict[str, Tensor | None] = {}
+        self._blank: dict[PortKey, int] = {}  # ports that have read nothing but constants so far
         self._mode: LabelMode
 
     # running --------------------------------------------------------------------------------------
@@ -380,6 +381,9 @@ class _Tracer(Watcher):
         mode, rule, layer = self._mode, self.rules[path], self.layers[path]
         size = rule.port_size(layer, port)
         kind = type(layer).__name__
+        if size is not None and mode.get(x) is None and (mode.constants.uniform(x) or not x.numel()):
+            self._blank[path, port] = size  # zeros before the first step, an expert without samples
+            return
         if size is None:
             mode.bar([x], f"the {kind} '{path}' is not linear in the neurons it reads")
             return
@@ -396,6 +400,8 @@ class _Tracer(Watcher):
 
     def architecture(self) -> Architecture:
         """Sort the neurons into groups by where they occur."""
+        self._blank = {key: size for key, size in self._blank.items() if key not in self.ports}
+        self.ports |= {key: torch.full((size,), -1) for key, size in self._blank.items()}
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
         ports = {
@@ -435,7 +441,7 @@ class _Tracer(Watcher):
 
     def _not_called(self) -> str:
         """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
-        called = {path for path, _ in self.ports} | self.declined.keys()
+        called = {path for path, _ in self.ports.keys() - self._blank.keys()} | self.declined.keys()
         with_ports = [p for p in self.rules if p not in called and layer_tensors(self.layers[p])]
         idle = [path for path in with_ports if not any(path.startswith(f"{c}.") for c in called if c)]
         if not idle:
