@@ -83,7 +83,7 @@ class SplittingCallback(pl.Callback):
         optimizer_state: ``"transfer"`` lets moments follow their neurons, ``"reset"`` starts them anew.
         lr_schedule: ``"keep"`` lets learning-rate schedules run on, ``"restart"`` starts them anew.
         seed: Makes growths repeatable bit for bit.
-        verbose: Print a table for every growth.
+        verbose: Print a table for every growth, and at the start what tracing could not look at.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -279,6 +279,8 @@ class SplittingCallback(pl.Callback):
             if not (isinstance(error, NothingToSplitError) and error.frozen):
                 raise MisconfigurationException(str(error)) from None
             widths = {}  # a finetuning callback may thaw the network later
+        if self.verbose and arch.note:
+            pl_module.print(f"Growth: {arch.note}")
         self._traced = True
         if not self.history:
             self.lineage = Lineage.start(widths)

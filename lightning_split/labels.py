@@ -155,7 +155,7 @@ class CallMode(TorchFunctionMode):
 
 def _open_dim(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """The dimension of the result that a reshape leaves open (-1), if it does."""
-    if getattr(func, "__name__", "") not in ("view", "reshape", "unflatten", "view_as") or not args:
+    if getattr(func, "__name__", "") not in ("view", "reshape", "unflatten") or not args:
         return None
     values = [*args[1:], *kwargs.values()]
     lists = [v for v in values if isinstance(v, (tuple, list))]
@@ -187,8 +187,8 @@ class LabelMode(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
-        self.suspended = 0  # > 0 while a layer with a rule runs: its inside is the rule's business
-        self.inside = 0  # > 0 while a layer with a rule runs: it may use its own weights
+        self.suspended = 0  # > 0 while labels are not followed: in a layer's own forward pass
+        self.inside = 0  # > 0 while weights may be used: in a layer with a rule, followed or not
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
         self.open_dim: int | None = None  # where a reshape that runs was given -1: this dimension may grow
@@ -197,7 +197,7 @@ class LabelMode(TorchDispatchMode):
         self._handler_of = handler_of
         self._follow = follow
         self.constants = Constants()
-        self.claimed: list[Tensor] = []  # what an operator's handler has said about writes, in-place, is all
+        self.claimed: list[Tensor] = []  # blank memory that a handler has just given to the neurons written
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

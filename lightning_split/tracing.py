@@ -66,7 +66,8 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     Raises:
         ValueError: If the model has lazy layers that were not yet initialised.
 
-    Cost: two forward passes over at most two samples, and the time that Python takes for a few more.
+    Cost: two forward passes over at most two samples (four where a network is so small that all of its
+    neurons are tried), and the time that Python takes for a few more.
     """
     return _trace(
         model,
@@ -129,8 +130,8 @@ def _labelled(
     try:
         tracer.run(train=mode)
     except Exception:
-        # Control flow that depends on values, say; if it is the user's error, it comes again.
-        tracer = tracer_of(example)
+        tracer = tracer_of(example)  # control flow that depends on values, say
+    if mode not in tracer.seen:  # outside of the handler, so that an error of the user's comes alone
         tracer.run(train=mode, graph=True)
     tracer.count_uses = False
     try:

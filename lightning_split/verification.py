@@ -167,9 +167,9 @@ def verified_sizes(
 ) -> Architecture:
     """The architecture, less the groups at whose new widths the model would fail or read other sizes.
 
-    In training mode one neuron of every group is split, all at once; in eval mode all neurons, and
-    neighbouring groups by different factors, so that no integer division hides a size that does not follow.
-    Where this fails the culprits are searched by halving. The model is left as it was.
+    In training mode one neuron of every group is split, all at once; in eval mode (or the only mode there is)
+    all neurons, and neighbouring groups by different factors, so that no integer division hides a size that
+    does not follow. Where this fails the culprits are searched by halving. The model is left as it was.
 
     Args:
         model: The model.
@@ -181,7 +181,7 @@ def verified_sizes(
     """
     for train, read in seen.items():
         trial = _Trial(model, run, example, read, train=train, graph=not hollow)
-        many = not train and (hollow or _is_small(arch))
+        many = (not train or len(seen) == 1) and (hollow or _is_small(arch))
         splits = _multiplied(arch) if many else _one_of_each(model, arch)
         arch = _without_culprits(model, arch, trial, splits, hollow=hollow)
     return arch
@@ -201,20 +201,21 @@ def verified_values(
     """
     size = batch_size(example)
     if _macs(model, arch) * min(size, _SAMPLES) > _MAX_MACS:
-        note = (
-            "The network is large, so the trial splits compared sizes only; values are compared on the first "
-            "batch of each growth."
-        )
-        return replace(arch, note=f"{arch.note} {note}".strip())
+        return _sizes_only(arch, "the network is large")
     trial = _value_trial(model, run, _few_samples(example, size)) or _value_trial(model, run, example)
-    if trial is None or not arch.groups:
-        return arch
+    if trial is None:
+        return _sizes_only(arch, "the model does not run on the example in eval mode")
     trial.compare_outputs = compare_outputs
     arch = _without_culprits(model, arch, trial, _one_of_each(model, arch))
     if _is_small(arch):
         for part in (0, 1):  # so that not both sides of a weight become twice as large
             arch = _without_culprits(model, arch, trial, _all_haunted(model, arch, part))
     return arch
+
+
+def _sizes_only(arch: Architecture, why: str) -> Architecture:
+    note = f"The trial splits compared sizes only, as {why}; each growth compares values on its first batch."
+    return replace(arch, note=f"{arch.note} {note}".strip())
 
 
 def _is_small(arch: Architecture) -> bool:

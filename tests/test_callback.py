@@ -386,3 +386,27 @@ def test_what_failed_the_check_once_is_left_alone_for_good(
     again = two_splits()
     again.load_state_dict(callback.state_dict())
     assert again.barred == {"net.0": "it broke"}
+
+
+class WithIdleExpert(Classifier):
+    """A layer that no batch of this run reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = torch.nn.Linear(8, 3)
+
+
+def test_layers_that_no_pass_calls_are_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Growing what feeds them would break them, so the user reads of it before anything grows."""
+    trainer(tmp_path, SplittingCallback(), max_epochs=1).fit(WithIdleExpert(), loader())
+    assert "no pass called do not grow with the others: 'expert'" in capsys.readouterr().out
+
+
+def test_nothing_is_told_where_everything_was_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ordinary network has no note."""
+    trainer(tmp_path, SplittingCallback(), max_epochs=1).fit(Classifier(), loader())
+    assert "Growth:" not in capsys.readouterr().out

@@ -315,3 +315,31 @@ def test_a_mode_that_cannot_be_run_is_told() -> None:
     assert "training mode only were not seen" in arch.note
     assert arch.without({"body": "x"}).note == arch.note
     assert trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(2, 3)).note == ""
+
+
+def test_a_model_that_runs_in_training_mode_only_says_that_values_were_not_compared() -> None:
+    """Without a pass in eval mode there is no proof by values, and the architecture tells so."""
+
+    class TrainingOnly(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                raise RuntimeError("targets, please")
+            return super().forward(x)
+
+    model = TrainingOnly(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)).double().train()
+    arch = trace(model, torch.randn(4, 3, dtype=torch.float64))
+    assert arch.widths == {"0": 6}
+    assert "targets, please" in arch.note
+    assert "compared sizes only" in arch.note
+
+
+def test_an_error_of_the_model_comes_alone() -> None:
+    """A forward pass that fails fails with its own error, not with those of tracing before it."""
+
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        trace(Failing(2, 2), torch.randn(1, 2))
+    assert raised.value.__context__ is None
