@@ -5,8 +5,9 @@ from lightning_split.callback import SplittingCallback
 from lightning_split.checkpoint import enable_growth, fit_to_state_dict, load_grown
 from lightning_split.eigen import Exact, Lanczos, RayleighDescent
 from lightning_split.growers import SteepestSplitting
-from lightning_split.growth import GrowthReport, grow
+from lightning_split.growth import grow
 from lightning_split.layers import LayerRule, register_layer_rule
+from lightning_split.report import GrowthReport
 from lightning_split.selection import KnapsackEnergy, SelectionStrategy, Threshold, TopK
 from lightning_split.surgery import split_neurons
 from lightning_split.tracing import trace

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import enable_growth
 from lightning_split.growers import Grower, SteepestSplitting
-from lightning_split.growth import GrowthReport, NothingToSplitError, grow, select_groups
+from lightning_split.growth import NothingToSplitError, grow, select_groups
 from lightning_split.lineage import Lineage
 from lightning_split.optim import (
     TrainerRanks,
@@ -37,6 +37,7 @@ from lightning_split.probing import (
     to_device,
     training_batches,
 )
+from lightning_split.report import GrowthReport
 from lightning_split.reporting import log_growth
 from lightning_split.selection import SelectionStrategy, TopK
 from lightning_split.surgery import Surgery

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_split.architecture import Architecture
+from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
 from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
 from lightning_split.ranks import Ranks
@@ -33,25 +33,13 @@ class Grower(ABC):
     """A way to propose new neurons."""
 
     @abstractmethod
-    def propose(
-        self,
-        arch: Architecture,
-        operator: SplittingOperator,
-        *,
-        step_size: float,
-        confirm: SplittingOperator | None = None,
-        seed: int = 0,
-        ranks: Ranks | None = None,
-    ) -> Proposal:
+    def propose(self, context: GrowthContext, *, step_size: float) -> Proposal:
         """Candidates for every neuron of every group.
 
         Args:
-            arch: The traced network.
-            operator: Splitting matrices on the estimation batches.
+            context: The traced network, its batches, the seed of anything random, and the processes to
+                average over.
             step_size: ε, the length of the displacements.
-            confirm: Splitting matrices on fresh batches, to measure the gains again.
-            seed: Of anything random.
-            ranks: Averages over processes.
         """
 
 
@@ -133,35 +121,29 @@ class SteepestSplitting(Grower):
         if not 1 <= self.c < float("inf"):
             raise ValueError(f"c bounds the sum of absolute offspring weights: at least 1, got {self.c}.")
 
-    def propose(
-        self,
-        arch: Architecture,
-        operator: SplittingOperator,
-        *,
-        step_size: float,
-        confirm: SplittingOperator | None = None,
-        seed: int = 0,
-        ranks: Ranks | None = None,
-    ) -> Proposal:
+    def propose(self, context: GrowthContext, *, step_size: float) -> Proposal:
         """One candidate per neuron (or per neuron and scheme); see :meth:`Grower.propose`.
 
         Cost: the solver's products on the estimation batches and two on the fresh ones.
         """
-        ranks = ranks or Ranks()
+        ranks = context.ranks
+        operator = context.operator(context.batches)
         double = operator.dtype == torch.float64
         pairs = self.solver.solve(
             lambda v: ranks.mean_of(operator.matvec(v)),
             operator.shapes,
             dtype=torch.float64 if double else torch.float32,
             device=operator.device,
-            seed=seed,
+            seed=context.seed,
             dense=lambda name: ranks.mean_of({name: operator.dense(name)})[name],
         )
         offered = schemes(self.max_offspring, self.c, signed=self.signed)
-        quotients = None if confirm is None else rayleigh_quotients(confirm, pairs, ranks)
+        quotients = None
+        if context.fresh is not None:
+            quotients = rayleigh_quotients(context.operator(context.fresh), pairs, ranks)
         candidates: list[Candidate] = []
         estimated: dict[tuple[str, int, str], float] = {}
-        for group in arch.groups:
+        for group in context.arch.groups:
             if group.name not in pairs:
                 continue
             found = pairs[group.name]

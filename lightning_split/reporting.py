@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_split.growth import GrowthReport
+from lightning_split.report import GrowthReport
 
 __all__ = ["log_growth", "scalars", "widths_figure"]
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning_split import Exact, SteepestSplitting, trace
+from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import Scheme, schemes
 from scipy.optimize import minimize
@@ -121,9 +122,10 @@ def test_candidates_carry_the_best_scheme_of_their_neuron(offspring: int) -> Non
     case = CASES["residual"]
     model, x = randomised(case.model()), case.inputs()
     arch = trace(model, x)
-    operator = SplittingOperator(model, arch, [x], loss_of(torch.randn(8, 3)))
+    context = GrowthContext(model, arch, loss_of(torch.randn(8, 3)), [x])
+    operator = context.operator([x])
     grower = SteepestSplitting(max_offspring=offspring, solver=Exact())
-    proposal = grower.propose(arch, operator, step_size=0.1)
+    proposal = grower.propose(context, step_size=0.1)
     assert len(proposal.candidates) == 15
     used = set()
     for candidate in proposal.candidates:
@@ -148,12 +150,7 @@ def test_confirmation_replaces_the_gain_by_that_on_fresh_batches() -> None:
     arch, loss = trace(model, x), (lambda m, b: (m(b) - y).square().mean())
     fresh = [torch.randn(16, 5) for _ in range(3)]
     grower = SteepestSplitting(signed=False, solver=Exact())
-    proposal = grower.propose(
-        arch,
-        SplittingOperator(model, arch, [x], loss),
-        step_size=0.1,
-        confirm=SplittingOperator(model, arch, fresh, loss),
-    )
+    proposal = grower.propose(GrowthContext(model, arch, loss, [x], fresh), step_size=0.1)
     singles = [SplittingOperator(model, arch, [b], loss).dense("0") for b in fresh]
     own = SplittingOperator(model, arch, [x], loss).dense("0")
     for candidate in (c for c in proposal.candidates if c.group == "0"):

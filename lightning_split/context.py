@@ -1,0 +1,44 @@
+"""What a grower may look at: the network as it is, and the batches to judge it by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_split.architecture import Architecture
+from lightning_split.curvature import LossFn, SplittingOperator
+from lightning_split.ranks import Ranks
+
+__all__ = ["GrowthContext"]
+
+
+@dataclass(frozen=True)
+class GrowthContext:
+    """One growth's view of the network. A grower measures with it and changes nothing."""
+
+    model: nn.Module
+    arch: Architecture  # the groups that may grow
+    loss_fn: LossFn
+    batches: Sequence[Any]  # what directions are found on
+    fresh: Sequence[Any] | None = None  # what gains are measured again on; None: no confirmation
+    surrogate_beta: float | None = 3.0
+    train_mode: bool = False
+    cache_bytes: int = 2**30
+    seed: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def operator(self, batches: Sequence[Any]) -> SplittingOperator:
+        """The splitting matrices of all neurons, averaged over some batches."""
+        return SplittingOperator(
+            self.model,
+            self.arch,
+            batches,
+            self.loss_fn,
+            surrogate_beta=self.surrogate_beta,
+            train=self.train_mode,
+            cache_bytes=self.cache_bytes,
+            seed=self.seed,
+        )

@@ -1,0 +1,69 @@
+"""Which of the proposed splits are carried out: priced, chosen by the strategy, and cut to the limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_split.architecture import Architecture
+from lightning_split.costs import NetworkCost, network_cost, neuron_cost
+from lightning_split.growers import Proposal
+from lightning_split.selection import Candidate, SelectionStrategy, best_per_neuron
+from lightning_split.surgery import Split, Surgery
+
+__all__ = ["as_split", "choose", "within_limits"]
+
+
+def choose(
+    proposal: Proposal, arch: Architecture, strategy: SelectionStrategy, cost: NetworkCost
+) -> list[Candidate]:
+    """Let the strategy choose among candidates that know their cost."""
+    per_neuron = {g.name: neuron_cost(g, strategy.cost) for g in arch.groups}
+    priced = [replace(c, cost=per_neuron[c.group] * max(1, len(c.weights) - 1)) for c in proposal.candidates]
+    chosen = list(strategy.bind(float(getattr(cost, strategy.cost))).select(priced))
+    unknown = [c for c in chosen if c.displacements is None or not c.weights]
+    if unknown:
+        raise ValueError(
+            f"{type(strategy).__name__}.select returned a candidate that it was not given (neuron "
+            f"{unknown[0].neuron} of '{unknown[0].group}'); return a subset of the candidates."
+        )
+    return best_per_neuron(chosen)
+
+
+def as_split(candidate: Candidate) -> Split:
+    """What surgery does for a candidate."""
+    assert candidate.displacements is not None
+    return Split(candidate.group, candidate.neuron, candidate.weights, candidate.displacements)
+
+
+def within_limits(
+    model: nn.Module,
+    arch: Architecture,
+    chosen: list[Candidate],
+    max_params: int | None,
+    max_macs: float | None,
+) -> tuple[Surgery, list[Candidate], str]:
+    """The surgery on as many of the best candidates as the limits allow, sized exactly."""
+    ranked = sorted(chosen, key=lambda c: (-c.gain, c.group, c.neuron))
+
+    def prepared(count: int) -> tuple[Surgery, bool]:
+        surgery = Surgery(model, [as_split(c) for c in ranked[:count]], arch)
+        size = network_cost(model, arch, surgery)
+        fits = (max_params is None or size.params <= max_params) and (
+            max_macs is None or size.macs <= max_macs
+        )
+        return surgery, fits
+
+    surgery, fits = prepared(len(ranked))
+    if fits or not ranked:
+        return surgery, chosen, ""
+    low, high = 0, len(ranked)  # low fits (or is empty), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if prepared(middle)[1] else (low, middle)
+    kept = {id(c) for c in ranked[:low]}
+    limits = [f"max_params={max_params:,}"] if max_params is not None else []
+    limits += [f"max_macs={max_macs:,.0f}"] if max_macs is not None else []
+    limit = f"The limit {' and '.join(limits)} left {low} of {len(ranked)} chosen splits."
+    return prepared(low)[0], [c for c in chosen if id(c) in kept], limit
