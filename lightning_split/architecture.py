@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -81,11 +82,15 @@ class Architecture:
         Raises:
             KeyError: If there is none; the message lists the names that exist.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
+        found = self._by_name.get(name)
+        if found is not None:
+            return found
         known = ", ".join(repr(g.name) for g in self.groups) or "none"
         raise KeyError(f"There is no channel group named {name!r}; the groups are: {known}.")
+
+    @cached_property
+    def _by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in reversed(self.groups)}
 
     @property
     def widths(self) -> dict[str, int]:

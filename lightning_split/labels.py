@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,8 +47,7 @@ class NeuronTable:
 
     def __init__(self) -> None:
         self.size = 0
-        self._ties: list[tuple[int, int]] = []
-        self._fusions: list[tuple[int, int]] = []
+        self._ties: list[Ids] = []  # each (2, n)
         self._runs = np.arange(0)
         self._lookup: Tensor | None = None
         self._reasons: dict[int, str] = {}
@@ -61,7 +62,7 @@ class NeuronTable:
 
     def tie(self, a: Ids, b: Ids) -> None:
         """Declare ``a[i]`` and ``b[i]`` the same neuron."""
-        self._ties += zip(a.tolist(), b.tolist(), strict=True)
+        self._ties.append(np.stack([a, b]))
 
     def fuse(self, ids: Ids) -> bool:
         """Declare neighbouring ids one block; ``False`` if they are not neighbours."""
@@ -96,19 +97,11 @@ class NeuronTable:
 
     def resolve(self) -> tuple[Ids, Ids, dict[int, str]]:
         """For each id its neuron (smallest tied id) and its block; and why barred neurons are barred."""
-        parent = list(range(self.size))
-
-        def find(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
-
-        blocks = zip(range(self.size), self._runs.tolist(), strict=True)
-        for a, b in (*self._ties, *blocks):
-            ra, rb = find(a), find(b)
-            parent[max(ra, rb)] = min(ra, rb)
-        neuron = np.array([find(i) for i in range(self.size)], dtype=np.int64)
+        a, b = np.concatenate([np.stack([np.arange(self.size), self._runs]), *self._ties], axis=1)
+        edges = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(self.size, self.size))
+        _, component = connected_components(edges, directed=False)
+        _, first = np.unique(component, return_index=True)
+        neuron = first[component].astype(np.int64)
         reasons: dict[int, str] = {}
         for i, reason in self._reasons.items():
             reasons.setdefault(int(neuron[i]), reason)
@@ -254,6 +247,11 @@ class LabelMode(TorchDispatchMode):
     def merge(self, labels: Tensor, dim: int, why: str) -> Tensor:
         """Tie what lies side by side along a dimension; the result no longer depends on it."""
         first = labels.narrow(dim, 0, 1)
+        rows = self.table.runs(labels.movedim(dim, 0).reshape(labels.shape[dim], -1))
+        if bool((rows >= 0).all()) and bool((rows.sort().values.diff() > 0).all()):  # nothing can go wrong
+            rest = rows[1:]
+            self.table.tie(rows[:1].expand(rest.shape).flatten().numpy(), rest.flatten().numpy())
+            return first.expand(labels.shape)
         for i in range(1, labels.shape[dim]):
             self.unify(first, labels.narrow(dim, i, 1), why)
         return first.expand(labels.shape)

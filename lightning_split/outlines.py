@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from functools import cached_property
 from types import CellType
 from typing import Any
 
@@ -13,7 +15,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Outline", "shape_only"]
+__all__ = ["Outline", "collector_paused", "shape_only"]
+
+
+class _OutlineMode(FakeTensorMode):
+    """Asks once whether there is a GPU; torch asks for every operator, and looks for the driver each time."""
+
+    @cached_property
+    def avoid_device_init(self) -> bool:
+        return super().avoid_device_init
 
 
 class Outline:
@@ -27,7 +37,7 @@ class Outline:
     """
 
     def __init__(self, example: Any) -> None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = _OutlineMode(allow_non_fake_inputs=True)
 
         def hollow(tensor: Tensor) -> Tensor:
             fake: Tensor = mode.from_tensor(tensor.detach(), static_shapes=True)
@@ -51,6 +61,22 @@ class Outline:
                 _clear_lru(tensor)
                 for holder in gc.get_referrers(tensor):
                     _drop(holder, tensor)
+
+
+@contextmanager
+def collector_paused(pause: bool = True) -> Iterator[None]:
+    """Pause Python's cyclic garbage collector, whose full collections take long beside a large model.
+
+    For passes over outlines, which make many objects and hold no memory worth speaking of.
+    """
+    before = gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def shape_only(tensor: Tensor) -> bool:

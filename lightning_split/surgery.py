@@ -127,7 +127,8 @@ class Surgery:
             self._number[arch.group(split.group).neurons[split.neuron]] = n
         # All offspring weights one after the other, and where those of each split begin.
         self._weights = np.array([w for split in self._splits for w in split.weights] + [1.0])
-        self._first = np.cumsum([0, *(len(split.weights) for split in self._splits)])
+        self._offspring = np.array([*(len(split.weights) for split in self._splits), 1])  # 1: no split
+        self._first = np.cumsum([0, *self._offspring[:-1]])
         with torch.no_grad():
             self._prepare()
 
@@ -173,8 +174,8 @@ class Surgery:
     def alive(self, path: str, port: Port) -> Tensor:
         """Which positions of a port that grew are not the last offspring of their neuron."""
         g = self._growth[id(self._model.get_submodule(path))][port]
-        last = torch.tensor([len(s.weights) - 1 for s in self._splits] + [-1])
-        return g.ordinal != last[g.split]
+        last = torch.from_numpy(self._offspring - 1)
+        return g.ordinal != torch.where(g.split >= 0, last[g.split], -1)
 
     def knows(self, path: str, port: Port) -> bool:
         """Whether the architecture says what lies on a port."""
@@ -187,17 +188,17 @@ class Surgery:
     # preparation ----------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        growth = {
-            key: self._port_growth(port) for key, port in self._arch.ports.items() if self._touched(port)
-        }
+        growth: dict[str, dict[Port, _PortGrowth]] = defaultdict(dict)
+        for (path, name), port in self._arch.ports.items():
+            if self._touched(port):
+                growth[path][name] = self._port_growth(port)
         self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
         self._layers: list[nn.Module] = []
         theta = {} if self._hollow else self._theta_displacements()
         sites = _sites(self._model)
         done: set[int] = set()
-        for path in dict.fromkeys(path for path, _ in growth):
+        for path, mine in growth.items():
             layer = self._model.get_submodule(path)
-            mine = {port: g for (p, port), g in growth.items() if p == path}
             self._growth[id(layer)] = mine
             self._layers.append(layer)
             for name, (tensor, axes) in layer_tensors(layer).items():
@@ -222,7 +223,7 @@ class Surgery:
         starts = np.flatnonzero(np.r_[True, (neuron[1:] != neuron[:-1]) | (run[1:] != run[:-1])])
         lengths = np.diff(np.r_[starts, len(neuron)])
         number = self._number[neuron[starts]]
-        offspring = np.array([*(len(s.weights) for s in self._splits), 1])[number]
+        offspring = self._offspring[number]
         # One entry per block, then one per position: run, and position in it, counted from its first.
         block = np.repeat(np.arange(len(starts)), offspring)
         ordinal = _count(offspring)

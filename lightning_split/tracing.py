@@ -34,7 +34,7 @@ from lightning_split.layers import (
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
 from lightning_split.operators import handler_of
-from lightning_split.outlines import Outline
+from lightning_split.outlines import Outline, collector_paused
 from lightning_split.verification import Readings, Run, batch_size, verified_sizes, verified_values
 
 __all__ = ["trace", "trace_step"]
@@ -107,11 +107,11 @@ def _trace(
     outline = Outline(example)
     try:
         tracer, note = _labelled(model, run, example, outline, compare_outputs)
-        arch = tracer.architecture()
-        arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
-        arch = verified_sizes(
-            model, arch, run, tracer.example, tracer.seen, hollow=tracer.example is not example
-        )
+        hollow = tracer.example is not example
+        with collector_paused(hollow):
+            arch = tracer.architecture()
+            arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
+            arch = verified_sizes(model, arch, run, tracer.example, tracer.seen, hollow=hollow)
         del tracer
     finally:
         outline.forget()
@@ -128,7 +128,8 @@ def _labelled(
 
     mode, tracer = model.training, tracer_of(outline.example)
     try:
-        tracer.run(train=mode)
+        with collector_paused():
+            tracer.run(train=mode)
     except Exception:
         tracer = tracer_of(example)  # control flow that depends on values, say
     if mode not in tracer.seen:  # outside of the handler, so that an error of the user's comes alone
@@ -136,7 +137,9 @@ def _labelled(
     tracer.count_uses = False
     try:
         try:
-            tracer.run(train=not mode, graph=tracer.example is example)
+            hollow = tracer.example is not example
+            with collector_paused(hollow):
+                tracer.run(train=not mode, graph=not hollow)
         except Exception:
             tracer.example = example
             tracer.run(train=not mode, graph=True)

@@ -52,7 +52,7 @@ class Readings:
         """Note one reading."""
         number = self._count[path, port]
         self._count[path, port] += 1
-        self.calls[path, port, number] = _read(x.detach().movedim(axis, 0)) if values else Read(x.shape[axis])
+        self.calls[path, port, number] = _read(x.detach(), axis) if values else Read(x.shape[axis])
 
 
 class _Reader(Watcher):
@@ -79,15 +79,20 @@ def readings(model: nn.Module, run: Callable[[nn.Module], Any], *, values: bool 
     for tensor in tensors_in(output):
         found.shapes.append(tuple(tensor.shape))
         if values:
-            found.outputs.append(_read(tensor.detach().reshape(1, -1)))
+            found.outputs.append(_read(tensor.detach().reshape(1, -1), 0))
     return found
 
 
-def _read(rows: Tensor) -> Read:
-    flat = rows.reshape(rows.shape[0], -1)
-    flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
-    probe = torch.cos(torch.arange(flat.shape[1], device=flat.device, dtype=flat.dtype) * 1.7 + 0.3)
-    return Read(len(flat), (flat @ probe, flat.norm(dim=1)))
+def _read(x: Tensor, axis: int) -> Read:
+    """A weighted sum and the norm of what lies at each position of an axis, without a copy of it."""
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    axis %= x.ndim
+    before, size, after = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
+    x = x.reshape(before, size, after)
+    number = torch.arange(before * after, device=x.device, dtype=x.dtype)
+    probe = torch.cos(number * 1.7 + 0.3).view(before, after)
+    sums = torch.einsum("bsa,ba->s", x, probe)
+    return Read(size, (sums, torch.linalg.vector_norm(x, dim=(0, 2))))
 
 
 def what_broke(
