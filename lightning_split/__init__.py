@@ -9,6 +9,7 @@ from lightning_split.growth import grow
 from lightning_split.layers import LayerRule, register_layer_rule
 from lightning_split.report import GrowthReport
 from lightning_split.selection import KnapsackEnergy, SelectionStrategy, Threshold, TopK
+from lightning_split.stepsize import Absolute, LineSearch, Relative
 from lightning_split.surgery import split_neurons
 from lightning_split.tracing import trace
 from lightning_split.triggers import Every, Plateau
@@ -16,14 +17,17 @@ from lightning_split.triggers import Every, Plateau
 __version__ = "0.1.0"
 
 __all__ = [
+    "Absolute",
     "Every",
     "Exact",
     "GrowthReport",
     "KnapsackEnergy",
     "Lanczos",
     "LayerRule",
+    "LineSearch",
     "Plateau",
     "RayleighDescent",
+    "Relative",
     "SelectionStrategy",
     "SplittingCallback",
     "SteepestSplitting",

@@ -26,11 +26,11 @@ class PortMap(NamedTuple):
 
 
 class ThetaBlock(NamedTuple):
-    """The part of the neurons' incoming weights that one parameter holds."""
+    """The part of the neurons' weights that one tensor holds."""
 
     module: str  # path of the layer
-    tensor: str  # name of the parameter in the layer
-    axis: int  # axis of the parameter along which neurons lie
+    tensor: str  # name of the parameter or buffer in the layer
+    axis: int  # axis of the tensor along which neurons lie
     rows: Index  # (width, r) entries of that axis that each neuron owns
     size: int  # number of scalars per neuron: r x (elements of one entry)
 
@@ -40,7 +40,8 @@ class ChannelGroup:
     """All axes of all layers that must have the same width, because they carry the same neurons.
 
     A neuron's incoming weights θ are its rows in all ``producers``, in order: each producer's weight
-    flattened, then its bias; ``dim`` scalars together.
+    flattened, then its bias; ``dim`` scalars together. Its outgoing weights are its columns in all
+    ``consumers``, in the same manner.
     """
 
     name: str
@@ -53,6 +54,8 @@ class ChannelGroup:
     macs: float = 0.0  # multiply-accumulates per sample that one more neuron adds
     neurons: tuple[int, ...] = field(default=(), repr=False)  # ids used in Architecture.ports
     theta: tuple[ThetaBlock, ...] = field(default=(), repr=False)
+    through: tuple[ThetaBlock, ...] = field(default=(), repr=False)  # what channelwise layers keep of them
+    outgoing: tuple[ThetaBlock, ...] = field(default=(), repr=False)  # what consumers multiply them by
 
 
 @dataclass(frozen=True)

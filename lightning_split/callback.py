@@ -40,6 +40,7 @@ from lightning_split.probing import (
 from lightning_split.report import GrowthReport
 from lightning_split.reporting import log_growth
 from lightning_split.selection import SelectionStrategy, TopK
+from lightning_split.stepsize import StepSize, as_step_size
 from lightning_split.surgery import Surgery
 from lightning_split.tracing import trace_step
 from lightning_split.triggers import Plateau, Trigger
@@ -71,7 +72,8 @@ class SplittingCallback(pl.Callback):
         patience: Epochs without improvement before a growth.
         min_delta: What counts as an improvement.
         cooldown: Epochs after a growth before patience counts again.
-        step_size: ε, the length of the offspring's displacement.
+        step_size: The lengths of the offspring's displacements: ε for all of them, ``"line_search"``, or a
+            :class:`Relative`, :class:`LineSearch` or another :class:`~lightning_split.stepsize.StepSize`.
         num_batches: Training batches from which the splitting matrices are estimated.
         confirm_batches: Fresh training batches on which the gains are measured again; 0 does without.
         loss_fn: ``loss_fn(pl_module, batch)`` returning the scalar mean loss; default the module's own
@@ -105,7 +107,7 @@ class SplittingCallback(pl.Callback):
         patience: int = 3,
         min_delta: float = 1e-3,
         cooldown: int = 0,
-        step_size: float = 1e-2,
+        step_size: float | str | StepSize = 1e-2,
         num_batches: int = 8,
         confirm_batches: int = 8,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -125,7 +127,6 @@ class SplittingCallback(pl.Callback):
         for name, value, least in (
             ("num_batches", num_batches, 1),
             ("confirm_batches", confirm_batches, 0),
-            ("step_size", step_size, 0),
             ("max_growths", max_growths, 0),
             ("max_params", max_params, 0),
             ("max_macs", max_macs, 0),
@@ -140,7 +141,7 @@ class SplittingCallback(pl.Callback):
         self.trigger = trigger or Plateau(
             monitor=monitor, mode=mode, patience=patience, min_delta=min_delta, cooldown=cooldown
         )
-        self.step_size = step_size
+        self.step_size = as_step_size(step_size)
         self.num_batches = num_batches
         self.confirm_batches = confirm_batches
         self.loss_fn = loss_fn

@@ -24,6 +24,7 @@ class GrowthContext:
     loss_fn: LossFn
     batches: Sequence[Any]  # what directions are found on
     fresh: Sequence[Any] | None = None  # what gains are measured again on; None: no confirmation
+    all_schemes: bool = False  # whether the strategy wants every scheme of a neuron, or its best one
     surrogate_beta: float | None = 3.0
     train_mode: bool = False
     cache_bytes: int = 2**30

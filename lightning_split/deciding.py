@@ -34,7 +34,14 @@ def choose(
 def as_split(candidate: Candidate) -> Split:
     """What surgery does for a candidate."""
     assert candidate.displacements is not None
-    return Split(candidate.group, candidate.neuron, candidate.weights, candidate.displacements)
+    return Split(
+        candidate.group,
+        candidate.neuron,
+        candidate.weights,
+        candidate.displacements,
+        candidate.through,
+        candidate.outgoing,
+    )
 
 
 def within_limits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -20,7 +21,9 @@ from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
 from lightning_split.rehearsal import checked_readings, culprit, first_break
 from lightning_split.report import GrowthReport
-from lightning_split.selection import SelectionStrategy, TopK
+from lightning_split.selection import Candidate, SelectionStrategy, TopK
+from lightning_split.stepsize import StepSize, as_step_size
+from lightning_split.surgery import Surgery
 from lightning_split.tracing import trace_step
 
 __all__ = ["GrowthReport", "NothingToSplitError", "grow", "select_groups"]
@@ -41,7 +44,7 @@ def grow(
     *,
     grower: Grower | None = None,
     strategy: SelectionStrategy | None = None,
-    step_size: float = 1e-2,
+    step_size: float | str | StepSize = 1e-2,
     confirm_batches: Iterable[Any] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -66,7 +69,8 @@ def grow(
         loss_fn: ``loss_fn(model, batch)`` returns the scalar mean loss.
         grower: Proposes; default :class:`SteepestSplitting`.
         strategy: Chooses; default ``TopK(fraction=0.3)``.
-        step_size: ε, the length of the offspring's displacement.
+        step_size: The lengths of the offspring's displacements: ε for all of them, ``"line_search"``, or
+            another :class:`~lightning_split.stepsize.StepSize`.
         confirm_batches: Fresh batches on which the gains are measured again, and the loss before and after.
             Without them both come from ``batches``.
         include: Patterns of group or producer names that may grow (``fnmatch``; default all).
@@ -93,7 +97,8 @@ def grow(
     ranks = ranks or Ranks()
     batches = list(batches)
     fresh = None if confirm_batches is None else list(confirm_batches)
-    _check_arguments(batches, fresh, step_size)
+    step = as_step_size(step_size)
+    _check_arguments(batches, fresh)
     whole = trace_step(model, batches[0], loss_fn)
     arch = select_groups(whole.without(dict(barred or {})), include, exclude)
     check = fresh or batches
@@ -105,13 +110,14 @@ def grow(
         loss_fn,
         batches,
         fresh,
+        all_schemes=strategy.all_schemes,
         surrogate_beta=surrogate_beta,
         train_mode=train_mode,
         cache_bytes=cache_bytes,
         seed=seed,
         ranks=ranks,
     )
-    proposal = grower.propose(context, step_size=step_size)
+    proposal = grower.propose(context, step_size=step)
     cost = network_cost(model, whole)
     chosen = ranks.agree(choose(proposal, arch, strategy, cost))
 
@@ -126,26 +132,44 @@ def grow(
         broken[group] = why
         chosen = [c for c in chosen if c.group != group]
 
-    after_cost = network_cost(model, whole, surgery)
+    notes, ratio, after_loss = list(proposal.notes), 1.0, before_loss
     if chosen:
+
+        def loss_at(ratio: float) -> float:
+            with surgery.displaced([as_split(c.at(ratio)) for c in chosen]):
+                return _mean_loss(model, check, loss_fn, train_mode, seed, ranks, strict=False)
+
         surgery.apply()
         try:
-            surgery.displace()
-            after_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
+            ratio, after_loss = ranks.agree(step.ratio(loss_at, before_loss))
+            if not math.isfinite(after_loss):
+                raise ValueError(
+                    f"After the growth the loss is {after_loss}, so the growth was taken back; try a smaller "
+                    "step_size."
+                )
+            chosen = [c.at(ratio) for c in chosen]
+            surgery.displace([as_split(c) for c in chosen])
         except BaseException:
             surgery.revert()
             raise
-    else:
-        after_loss = before_loss
+        if ratio == 0:
+            surgery.revert()
+            chosen, surgery = [], Surgery(model, [], whole)
+            notes.append(f"{step!r} found no step at which the loss falls, so nothing was grown.")
+    after_cost = network_cost(model, whole, surgery)
     grown = {c.group: 0 for c in chosen}
     for c in chosen:
         grown[c.group] += len(c.weights) - 1
-    estimated = proposal.estimated_gain
+
+    def estimated(c: Candidate) -> float:
+        gain = proposal.estimated_gain.get((c.group, c.neuron, c.scheme))
+        return c.predicted if gain is None else gain * ratio**c.order
+
     return GrowthReport(
         splits=tuple(as_split(c) for c in chosen),
         chosen=tuple(chosen),
-        predicted_gain=sum(c.gain for c in chosen),
-        estimated_gain=sum(estimated.get((c.group, c.neuron, c.scheme), c.gain) for c in chosen),
+        predicted_gain=sum(c.predicted for c in chosen),
+        estimated_gain=sum(map(estimated, chosen)),
         loss_before=before_loss,
         loss_after=after_loss,
         widths_before=arch.widths,
@@ -156,6 +180,7 @@ def grow(
         eigenpairs=proposal.eigenpairs,
         barred=broken,
         limit=limit,
+        notes=tuple(notes),
         confirmed=fresh is not None,
         replaced=surgery.replaced,
         architecture=arch,
@@ -201,24 +226,28 @@ def select_groups(
     return replace(arch, groups=tuple(kept))
 
 
-def _check_arguments(batches: list[Any], fresh: list[Any] | None, step_size: float) -> None:
+def _check_arguments(batches: list[Any], fresh: list[Any] | None) -> None:
     if not batches:
         raise ValueError("grow needs at least one batch, and the iterable is empty.")
     if fresh is not None and not fresh:
         raise ValueError("confirm_batches is empty; pass None to do without a confirmation.")
-    if not 0 <= step_size < float("inf"):
-        raise ValueError(
-            f"step_size is the length of a displacement: it must be at least 0, got {step_size}."
-        )
 
 
 def _mean_loss(
-    model: nn.Module, batches: list[Any], loss_fn: LossFn, train: bool, seed: int, ranks: Ranks
+    model: nn.Module,
+    batches: list[Any],
+    loss_fn: LossFn,
+    train: bool,
+    seed: int,
+    ranks: Ranks,
+    *,
+    strict: bool = True,
 ) -> float:
     losses = []
     for number, batch in enumerate(batches):
         with undisturbed(model, train=train, seed=seed):
             loss = loss_fn(model, batch)
-            check_loss(loss, number)
+            if strict:
+                check_loss(loss, number)
             losses.append(loss.detach().double().cpu().reshape(()))
     return float(ranks.mean_of({"loss": torch.stack(losses).mean()})["loss"])

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -148,6 +149,17 @@ class LayerRule(ABC):
     def refusal(self, layer: nn.Module) -> str | None:
         """Why this very layer cannot take part in growth, or ``None`` if it can."""
         return None
+
+    def fresh(self, layer: nn.Module) -> Mapping[str, float]:
+        """What a channelwise layer's tensors hold for a new neuron; those left out copy a neighbour.
+
+        A neuron that sends zero should still send zero behind the layer.
+        """
+        return {}
+
+    def statistics(self, layer: nn.Module, x: Tensor, axis: int) -> Mapping[str, Tensor]:
+        """What the layer's tensors that describe the data should hold for the channels of ``x``."""
+        return {}
 
     def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
         """How often each weight is used in one call; ``weights x positions`` are the call's MACs."""
@@ -323,7 +335,10 @@ class _Followed(LayerRule):
     def __init__(self, rule: LayerRule) -> None:
         self._rule = rule
         vars(self)["role"] = rule.role
-        for name in ("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"):
+        for name in (
+            *("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"),
+            *("fresh", "statistics"),
+        ):
             setattr(self, name, getattr(rule, name))
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
@@ -471,6 +486,9 @@ class _DepthwiseConv(_Channelwise):
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}
 
+    def fresh(self, layer: nn.Module) -> Mapping[str, float]:
+        return {"bias": 0.0}
+
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         assert isinstance(layer, _ConvNd)
         layer.in_channels = layer.groups = sizes["through"]
@@ -489,6 +507,14 @@ class _BatchNormRule(_Channelwise):
         names = ("weight", "bias", "running_mean", "running_var")
         return {name: {0: "through"} for name in names}
 
+    def fresh(self, layer: nn.Module) -> Mapping[str, float]:
+        return {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+
+    def statistics(self, layer: nn.Module, x: Tensor, axis: int) -> Mapping[str, Tensor]:
+        rows = x.detach().movedim(axis, 0).flatten(1)
+        var, mean = torch.var_mean(rows.float() if rows.dtype.itemsize < 4 else rows, dim=1)
+        return {"running_mean": mean, "running_var": var}
+
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         # num_features of SyncBatchNorm is read again when Lightning converts it back.
         layer.num_features = sizes["through"]  # type: ignore[assignment]
@@ -501,6 +527,9 @@ class _GroupNormRule(_Channelwise):
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}
+
+    def fresh(self, layer: nn.Module) -> Mapping[str, float]:
+        return {"weight": 1.0, "bias": 0.0}
 
     def port_size(self, layer: nn.Module, port: Port) -> int | None:
         assert isinstance(layer, nn.GroupNorm)
@@ -522,6 +551,10 @@ class _GroupNormRule(_Channelwise):
 
 
 class _InstanceNormRule(_BatchNormRule):
+    def statistics(self, layer: nn.Module, x: Tensor, axis: int) -> Mapping[str, Tensor]:
+        var, mean = torch.var_mean(x.detach().movedim(axis, -1).flatten(1, -2), dim=1)  # of each sample
+        return {"running_mean": mean.mean(0), "running_var": var.mean(0)}
+
     def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
         assert isinstance(layer, _InstanceNorm)
         return -int(layer._get_no_batch_dim())

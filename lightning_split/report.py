@@ -35,6 +35,7 @@ class GrowthReport:
     eigenpairs: Mapping[str, Eigenpairs] = field(default_factory=dict, repr=False)
     barred: Mapping[str, str] = field(default_factory=dict)  # groups that failed the check, and why
     limit: str = ""  # which limit cut the growth short, as a sentence
+    notes: tuple[str, ...] = ()  # what else there is to say, in sentences
     confirmed: bool = False  # whether predicted_gain was measured on fresh batches
     replaced: Mapping[nn.Parameter, Replacement] = field(default_factory=dict, repr=False)
     architecture: Architecture = field(default_factory=lambda: Architecture(()), repr=False)
@@ -59,7 +60,7 @@ class GrowthReport:
                 (
                     *(name, str(before), str(self.widths_after[name]), str(len(mine))),
                     f"{min(indexes):.3e}" if indexes else "-",
-                    f"{sum(c.gain for c in mine):.3e}" if mine else "-",
+                    f"{sum(c.predicted for c in mine):.3e}" if mine else "-",
                 )
             )
         head = ("group", "width", "after", "splits", "splitting index", "predicted gain")
@@ -77,5 +78,6 @@ class GrowthReport:
             lines.append("No neuron was split: no candidate was chosen.")
         if self.limit:
             lines.append(self.limit)
+        lines += self.notes
         lines += [f"'{name}' was left alone: {why}." for name, why in self.barred.items()]
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -45,6 +46,12 @@ class Candidate:
         scheme: Name of the scheme.
         weights: Offspring weights, which sum to 1.
         displacements: ``(m, dim)``, one row per offspring, step size included.
+        through: The same for channelwise layers, see :class:`lightning_split.surgery.Split`.
+        outgoing: The same for the outgoing weights.
+        fixed: The part of ``displacements`` that does not grow with the step size; ``None`` for zero.
+        order: The gain goes with this power of the step size.
+        prediction: Predicted decrease of the loss, where ``gain`` is only a score to choose by; default
+            the gain.
     """
 
     group: str
@@ -56,12 +63,40 @@ class Candidate:
     scheme: str = "binary"
     weights: tuple[float, ...] = ()
     displacements: Tensor | None = field(default=None, compare=False, repr=False)
+    through: Tensor | None = field(default=None, compare=False, repr=False)
+    outgoing: Tensor | None = field(default=None, compare=False, repr=False)
+    fixed: Tensor | None = field(default=None, compare=False, repr=False)
+    order: int = 2
+    prediction: float | None = None
+
+    @property
+    def predicted(self) -> float:
+        """Predicted decrease of the loss."""
+        return self.gain if self.prediction is None else self.prediction
+
+    def at(self, ratio: float) -> Candidate:
+        """The same split with a step size that is ``ratio`` times as large."""
+        if ratio == 1 or self.displacements is None:
+            return self
+        moved = self.displacements
+        moved = ratio * moved if self.fixed is None else self.fixed + ratio * (moved - self.fixed)
+        power = ratio**self.order
+        return replace(
+            self,
+            gain=self.gain * power,
+            standard_error=self.standard_error * power,
+            prediction=None if self.prediction is None else self.prediction * power,
+            displacements=moved,
+            outgoing=None if self.outgoing is None else ratio * self.outgoing,
+        )
 
 
 class SelectionStrategy(ABC):
     """Chooses among candidates; the seam for a strategy of your own.
 
-    Set :attr:`cost` to ``"params"`` or ``"macs"``: it is what ``candidate.cost`` will hold.
+    Set :attr:`cost` to ``"params"`` or ``"macs"``: it is what ``candidate.cost`` will hold. With
+    :attr:`all_schemes` every neuron comes with all its schemes, which differ in gain and cost; without, with
+    the one of largest gain.
 
     Example:
         >>> class FirstLayerOnly(SelectionStrategy):
@@ -73,6 +108,7 @@ class SelectionStrategy(ABC):
     """
 
     cost: str = "params"
+    all_schemes: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -225,6 +261,8 @@ class KnapsackEnergy(SelectionStrategy):
         >>> [(c.group, c.neuron) for c in a_quarter.select(offered)]
         [('a', 0)]
     """
+
+    all_schemes: ClassVar[bool] = True
 
     budget: int | float
     cost: str = "macs"

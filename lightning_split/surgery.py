@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,36 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture, ChannelGroup, Index, PortMap
+from lightning_split.architecture import Architecture, ThetaBlock
 from lightning_split.layers import Block, Port, layer_tensors, port_kind, port_sizes, rule_for
+from lightning_split.splits import PARTS, Part, Split, blocks_of, check_splits
+from lightning_split.widening import (
+    AxisGrowth,
+    AxisMap,
+    Offspring,
+    as_parameter,
+    grown_axis,
+    grown_port,
+    scale_,
+    widened,
+)
 
 __all__ = ["AxisMap", "Replacement", "Split", "Surgery", "split_neurons"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One neuron and the offspring that it becomes.
-
-    The neuron θ is replaced by ``m`` offspring θ + δ_i whose outgoing weights are those of the neuron times
-    w_i (S2D, Eq. 2). With Σ w_i = 1 and δ_i = 0 the network computes what it computed.
-    """
-
-    group: str
-    neuron: int
-    weights: tuple[float, ...]  # w, (m,), sums to 1
-    displacements: Tensor  # δ, (m, dim), step size included, laid out as ChannelGroup.theta
-
-    def __post_init__(self) -> None:
-        if isinstance(self.group, ChannelGroup):
-            object.__setattr__(self, "group", self.group.name)
-
-
-@dataclass(frozen=True, eq=False)
-class AxisMap:
-    """How one axis of a tensor grew."""
-
-    index: Tensor  # (new size,) int64: the old position that each new position copies
-    scale: Tensor  # (new size,) float64: gradient of the new entry over the gradient of the old one
 
 
 class Replacement(NamedTuple):
@@ -53,18 +37,13 @@ class Replacement(NamedTuple):
     maps: dict[int, AxisMap]
 
 
-class _Displacement(NamedTuple):
-    axis: int  # of the parameter, along which the displaced rows lie
-    entries: Tensor  # (n,) which rows
-    values: Tensor  # (n, ...) what is added to them, the row axis in front
-
-
 @dataclass(frozen=True, eq=False)
-class _PortGrowth:
-    index: Tensor  # (new,) old position
-    factor: Tensor  # (new,) offspring weight w_i, 1 where nothing was split
-    split: Tensor  # (new,) number of the split that made the entry, -1 where nothing was split
-    ordinal: Tensor  # (new,) which of its offspring
+class _Widened:
+    """A new tensor, and how its axes grew."""
+
+    new: Tensor
+    axes: dict[int, AxisGrowth]
+    consumed: tuple[int, ...]  # those along which neurons are read
 
 
 def split_neurons(
@@ -114,21 +93,20 @@ class Surgery:
         self._model = model
         self._arch = arch
         self._hollow = hollow  # new tensors have shapes but no memory: to try how the model takes its sizes
-        self._displacements: list[tuple[nn.Parameter, _Displacement]] = []
+        self._widened: dict[tuple[str, str], _Widened] = {}
         self._put: list[tuple[dict[str, Any], str, Tensor]] = []  # where, and what comes in
         self._undo: list[Callable[[], Any]] = []
-        _check_splits(arch, splits, values=not hollow)
+        check_splits(arch, splits, values=not hollow)
         self._splits = tuple(splits)
-        # Number of the split of each neuron id, -1 for none; the last entry stands for "no neuron" (-1).
-        self._number = np.full(
-            2 + max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=0), -1
-        )
+        self._of_group: dict[str, list[int]] = defaultdict(list)  # numbers of the splits of each group
         for n, split in enumerate(self._splits):
-            self._number[arch.group(split.group).neurons[split.neuron]] = n
-        # All offspring weights one after the other, and where those of each split begin.
-        self._weights = np.array([w for split in self._splits for w in split.weights] + [1.0])
-        self._offspring = np.array([*(len(split.weights) for split in self._splits), 1])  # 1: no split
-        self._first = np.cumsum([0, *self._offspring[:-1]])
+            self._of_group[split.group].append(n)
+        number = np.full(2 + max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=0), -1)
+        for n, split in enumerate(self._splits):
+            number[arch.group(split.group).neurons[split.neuron]] = n
+        weights = np.array([w for split in self._splits for w in split.weights] + [1.0])
+        count = np.array([*(len(split.weights) for split in self._splits), 1])
+        self._offspring = Offspring(number, weights, count, np.cumsum([0, *count[:-1]]))
         with torch.no_grad():
             self._prepare()
 
@@ -155,16 +133,38 @@ class Surgery:
             self.revert()
             raise
 
-    def displace(self) -> None:
-        """Move the offspring to their places."""
-        with torch.no_grad():
-            for parameter, (axis, entries, values) in self._displacements:
-                parameter.movedim(axis, 0).index_add_(0, entries, values)
+    @torch.no_grad()
+    def displace(self, splits: Sequence[Split] | None = None) -> None:
+        """Move the offspring to their places.
+
+        Args:
+            splits: The splits of this surgery with other displacements, in any order; default its own.
+        """
+        for move in self._all_moves(splits or self._splits):
+            move.carry_out()
+
+    @contextmanager
+    def displaced(self, splits: Sequence[Split]) -> Iterator[None]:
+        """Inside, the offspring are where ``splits`` says; afterwards each is with its parent again."""
+        moves = self._all_moves(splits)
+        moved = {id(tensor): tensor for tensor, *_ in moves}.values()
+        kept = [(tensor, tensor.detach().clone()) for tensor in moved]
+        try:
+            with torch.no_grad():
+                for move in moves:
+                    move.carry_out()
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
 
     def revert(self) -> None:
         """Restore what was there before :meth:`apply`."""
         while self._undo:
             self._undo.pop()()
+
+    # what lies where after apply ------------------------------------------------------------------
 
     def layout(self, path: str, port: Port) -> Tensor | None:
         """Old position of each new position on a port, or ``None`` if the port does not grow."""
@@ -174,7 +174,7 @@ class Surgery:
     def alive(self, path: str, port: Port) -> Tensor:
         """Which positions of a port that grew are not the last offspring of their neuron."""
         g = self._growth[id(self._model.get_submodule(path))][port]
-        last = torch.from_numpy(self._offspring - 1)
+        last = torch.from_numpy(self._offspring.count - 1)
         return g.ordinal != torch.where(g.split >= 0, last[g.split], -1)
 
     def knows(self, path: str, port: Port) -> bool:
@@ -185,16 +185,66 @@ class Surgery:
         """Number of positions on a port before the growth."""
         return len(self._arch.ports[path, port].neuron)
 
+    def grown(self, part: Part) -> dict[tuple[str, str], Tensor]:
+        """The new tensors that hold one part of the offspring's weights, by module path and name."""
+        keys = [(b.module, b.tensor) for g in self._of_group for b in blocks_of(self._arch.group(g), part)]
+        return {key: self._widened[key].new for key in dict.fromkeys(keys) if key in self._widened}
+
+    def gather(
+        self, part: Part, ordinal: int, tensors: Mapping[tuple[str, str], Tensor]
+    ) -> dict[str, Tensor]:
+        """Entries of one offspring of every split in tensors shaped as the new ones (gradients, say).
+
+        Returns:
+            ``{group: (splits, length of the part)}``, the splits of each group in their order.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in self._of_group}
+        for name, block, place in self._places(part, ordinal):
+            rows = tensors[block.module, block.tensor]
+            for axis, where in place.others.items():
+                rows = rows.index_select(axis, where.to(rows.device))
+            entries = place.entries.to(rows.device)
+            found[name].append(rows.movedim(block.axis, 0)[entries].reshape(place.num_splits, block.size))
+        return {name: torch.cat(parts, dim=1) for name, parts in found.items() if parts}
+
+    def scatter(
+        self, part: Part, ordinal: int, vectors: Mapping[str, Tensor]
+    ) -> dict[tuple[str, str], Tensor]:
+        """The transpose of :meth:`gather`: tensors that are zero but for one offspring of every split."""
+        found = {key: torch.zeros_like(new) for key, new in self.grown(part).items()}
+        offset: dict[str, int] = defaultdict(int)
+        for name, block, place in self._places(part, ordinal):
+            target = found[block.module, block.tensor]
+            values = vectors[name][:, offset[name] : offset[name] + block.size].to(target)
+            offset[name] += block.size
+            shape = [
+                len(place.others[a]) if a in place.others else size
+                for a, size in enumerate(target.shape)
+                if a != block.axis
+            ]
+            spread = target.new_zeros(target.movedim(block.axis, 0).shape)
+            rows = values.reshape(len(place.entries), *shape)
+            index: list[Any] = [place.entries.to(target.device)]
+            index += [
+                place.others[a].to(target.device)
+                if a in place.others
+                else torch.arange(size, device=target.device)
+                for a, size in enumerate(target.shape)
+                if a != block.axis
+            ]
+            spread[torch.meshgrid(*index, indexing="ij")] = rows
+            target += spread.movedim(0, block.axis)
+        return found
+
     # preparation ----------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        growth: dict[str, dict[Port, _PortGrowth]] = defaultdict(dict)
+        growth: dict[str, dict[Port, AxisGrowth]] = defaultdict(dict)
         for (path, name), port in self._arch.ports.items():
-            if self._touched(port):
-                growth[path][name] = self._port_growth(port)
-        self._growth: dict[int, dict[Port, _PortGrowth]] = defaultdict(dict)
+            if bool((self._offspring.number[port.neuron] >= 0).any()):
+                growth[path][name] = grown_port(port, self._offspring)
+        self._growth: dict[int, dict[Port, AxisGrowth]] = defaultdict(dict)
         self._layers: list[nn.Module] = []
-        theta = {} if self._hollow else self._theta_displacements()
         sites = _sites(self._model)
         done: set[int] = set()
         for path, mine in growth.items():
@@ -206,33 +256,14 @@ class Surgery:
                 if id(tensor) in done or not ports & mine.keys():
                     continue
                 done.add(id(tensor))
-                new, moved, maps = self._grown(path, name, tensor, axes, mine, theta.get((path, name)))
+                found = self._grown(path, name, tensor, axes, mine)
                 if isinstance(tensor, nn.Parameter):
-                    new = _as_parameter(new, tensor)
+                    maps = {a: g.as_map(consumed=a in found.consumed) for a, g in found.axes.items()}
+                    new = as_parameter(found.new, tensor)
+                    found = _Widened(new, found.axes, found.consumed)
                     self.replaced[tensor] = Replacement(new, maps)
-                    if moved is not None:
-                        self._displacements.append((new, moved))
-                self._put += [(store, key, new) for store, key in sites[id(tensor)]]
-
-    def _touched(self, port: PortMap) -> bool:
-        return bool((self._number[port.neuron] >= 0).any())
-
-    def _port_growth(self, port: PortMap) -> _PortGrowth:
-        """New layout of one port: each run of a split neuron is repeated as a block per offspring."""
-        neuron, run = port
-        starts = np.flatnonzero(np.r_[True, (neuron[1:] != neuron[:-1]) | (run[1:] != run[:-1])])
-        lengths = np.diff(np.r_[starts, len(neuron)])
-        number = self._number[neuron[starts]]
-        offspring = self._offspring[number]
-        # One entry per block, then one per position: run, and position in it, counted from its first.
-        block = np.repeat(np.arange(len(starts)), offspring)
-        ordinal = _count(offspring)
-        length = lengths[block]
-        index = np.repeat(starts[block], length) + _count(length)
-        split = number[block]
-        weights = np.where(split >= 0, self._weights[self._first[split] + ordinal], 1.0)
-        parts = (np.repeat(part, length) for part in (weights, split, ordinal))
-        return _PortGrowth(torch.from_numpy(index), *map(torch.from_numpy, parts))
+                self._widened[path, name] = found
+                self._put += [(store, key, found.new) for store, key in sites[id(tensor)]]
 
     def _grown(
         self,
@@ -240,35 +271,18 @@ class Surgery:
         name: str,
         tensor: Tensor,
         axes: Mapping[int, tuple[Block, ...]],
-        growth: Mapping[Port, _PortGrowth],
-        displaced: Mapping[tuple[int, int], Tensor] | None,
-    ) -> tuple[Tensor, _Displacement | None, dict[int, AxisMap]]:
-        """The widened tensor, how it is displaced, and how its axes grew."""
-        moved = None
-        maps: dict[int, AxisMap] = {}
-        scales: list[tuple[int, Tensor]] = []
-        for axis, blocks in sorted(axes.items(), key=lambda item: port_kind(item[1][0].port) == "in"):
-            if not any(block.port in growth for block in blocks):
-                continue
-            self._check_fit(path, name, tensor, axis, blocks)
-            g = _joined([_stretched(growth.get(block.port), block) for block in blocks])
-            consumed = port_kind(blocks[0].port) == "in"
-            maps[axis] = AxisMap(g.index, torch.ones_like(g.factor) if consumed else g.factor)
-            if consumed:
-                scales.append((axis, g.factor))
-                if moved is not None:
-                    other = axis + (axis < moved.axis)
-                    values = moved.values.index_select(other, g.index.to(tensor.device))
-                    moved = moved._replace(values=_scale_(values, g.factor, other))
-            elif displaced:
-                moved = _displacement(tensor, axis, g, displaced)
+        growth: Mapping[Port, AxisGrowth],
+    ) -> _Widened:
+        grown: dict[int, AxisGrowth] = {}
+        for axis, blocks in axes.items():
+            if any(block.port in growth for block in blocks):
+                self._check_fit(path, name, tensor, axis, blocks)
+                grown[axis] = grown_axis(growth, blocks)
+        consumed = tuple(a for a in grown if port_kind(axes[a][0].port) == "in")
         if self._hollow:
-            shape = [len(maps[d].index) if d in maps else size for d, size in enumerate(tensor.shape)]
-            return tensor.detach().new_zeros(()).expand(shape), moved, maps
-        new = _selected(tensor.detach(), {axis: m.index for axis, m in maps.items()})
-        for axis, factor in scales:
-            _scale_(new, factor, axis)
-        return _same_format(new, tensor), moved, maps
+            shape = [len(grown[d].index) if d in grown else size for d, size in enumerate(tensor.shape)]
+            return _Widened(tensor.detach().new_zeros(()).expand(shape), grown, consumed)
+        return _Widened(widened(tensor.detach(), grown, consumed), grown, consumed)
 
     def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:
         fits = sum(block.size * block.multiple for block in blocks) == tensor.shape[axis] and all(
@@ -282,118 +296,98 @@ class Surgery:
                 "not what the architecture says; trace the model again after each growth."
             )
 
-    def _theta_displacements(self) -> dict[tuple[str, str], dict[tuple[int, int], Tensor]]:
-        """For each producer tensor: (split, old row) -> displacement of that row for every offspring."""
-        found: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = defaultdict(dict)
-        for number, split in enumerate(self._splits):
-            group = self._arch.group(split.group)
+    # displacements --------------------------------------------------------------------------------
+
+    def _all_moves(self, splits: Sequence[Split]) -> list[_Move]:
+        found = {(split.group, split.neuron): split for split in splits}
+        ordered = [found[split.group, split.neuron] for split in self._splits]
+        return [move for part in PARTS for move in self._moves(part, ordered)]
+
+    def _moves(self, part: Part, splits: Sequence[Split]) -> Iterator[_Move]:
+        for name, mine in self._of_group.items():
+            if all(splits[n].part(part) is None for n in mine):
+                continue
             offset = 0
-            for block in group.theta:
-                part = split.displacements[:, offset : offset + block.size]
-                offset += block.size
-                tensor = self._model.get_submodule(block.module)._parameters[block.tensor]
-                assert tensor is not None
-                shape = tensor.movedim(block.axis, 0).shape[1:]
-                rows = block.rows[split.neuron].tolist()
-                values = part.reshape(len(split.weights), len(rows), *shape)
-                for r, row in enumerate(rows):
-                    found[block.module, block.tensor][number, row] = values[:, r]
-        return found
+            for block in blocks_of(self._arch.group(name), part):
+                start, offset = offset, offset + block.size
+                found = self._widened.get((block.module, block.tensor))
+                if found is None:
+                    continue  # a tensor that is tied to another one
+                moved = []
+                for n in mine:
+                    value = splits[n].part(part)
+                    moved.append(
+                        found.new.new_zeros(len(splits[n].weights), block.size)
+                        if value is None
+                        else value[:, start:offset].to(found.new)
+                    )
+                yield self._move(block, found, mine, torch.cat(moved))
+
+    def _move(self, block: ThetaBlock, found: _Widened, mine: list[int], moved: Tensor) -> _Move:
+        g = found.axes[block.axis]
+        # Row of ``moved`` where the offspring of each split begin, and which of its entries each old row is.
+        begins = torch.full((len(self._splits) + 1,), -1)
+        counts = [len(self._splits[n].weights) for n in mine]
+        begins[mine] = torch.tensor([0, *counts]).cumsum(0)[:-1]
+        entries = (begins[g.split] >= 0).nonzero().flatten()
+        position = _positions(block)[g.index[entries]]
+        others = [a for a in range(found.new.ndim) if a != block.axis]
+        rows = moved.reshape(len(moved), block.rows.shape[1], *self._old_shape(found, others))
+        offspring = begins[g.split[entries]] + g.ordinal[entries]
+        values = rows[offspring.to(rows.device), position.to(rows.device)]
+        for number, axis in enumerate(others, start=1):
+            grew = found.axes.get(axis)
+            if grew is not None:
+                values = values.index_select(number, grew.index.to(values.device))
+                if axis in found.consumed:
+                    scale_(values, grew.factor, number)
+        return _Move(found.new, block.axis, entries.to(found.new.device), values)
+
+    @staticmethod
+    def _old_shape(found: _Widened, axes: Sequence[int]) -> list[int]:
+        return [int(found.axes[a].index.max()) + 1 if a in found.axes else found.new.shape[a] for a in axes]
+
+    def _places(self, part: Part, ordinal: int) -> Iterator[tuple[str, ThetaBlock, _Place]]:
+        """Where one offspring of every split is, block by block."""
+        for name, mine in self._of_group.items():
+            order = torch.full((len(self._splits) + 1,), -1)
+            order[mine] = torch.arange(len(mine))
+            for block in blocks_of(self._arch.group(name), part):
+                found = self._widened.get((block.module, block.tensor))
+                if found is None:
+                    continue
+                g = found.axes[block.axis]
+                entries = ((order[g.split] >= 0) & (g.ordinal == ordinal)).nonzero().flatten()
+                key = order[g.split[entries]] * block.rows.shape[1] + _positions(block)[g.index[entries]]
+                others = {a: grew.originals for a, grew in found.axes.items() if a != block.axis}
+                yield name, block, _Place(entries[key.argsort()], others, len(mine))
 
     def _sizes(self, layer: nn.Module) -> dict[Port, int]:
         """Number of neurons on each port of a layer that already holds its new tensors."""
         return port_sizes(layer) | {port: len(g.index) for port, g in self._growth[id(layer)].items()}
 
 
-def _check_splits(arch: Architecture, splits: Sequence[Split], *, values: bool) -> None:
-    seen: set[tuple[str, int]] = set()
-    for split in splits:
-        group: ChannelGroup = _known_group(arch, split.group)
-        here = f"The split of neuron {split.neuron} of '{split.group}'"
-        if not 0 <= split.neuron < group.width:
-            raise ValueError(f"{here} is out of range: the group has {group.width} neurons.")
-        if (split.group, split.neuron) in seen:
-            raise ValueError(f"{here} occurs twice; give one split with all its offspring.")
-        seen.add((split.group, split.neuron))
-        shape = tuple(split.displacements.shape)
-        if len(split.weights) < 2 or shape != (len(split.weights), group.dim):
-            raise ValueError(
-                f"{here} has {len(split.weights)} offspring weights and displacements of shape {shape}; it "
-                f"needs at least two weights and displacements of shape (number of weights, {group.dim})."
-            )
-        total = math.fsum(split.weights)
-        if not math.isfinite(total) or abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"{here} has offspring weights that sum to {total}; they must sum to 1, or the network's "
-                "function would jump."
-            )
-        if values and not bool(torch.isfinite(split.displacements).all()):
-            raise ValueError(f"{here} has displacements that are not finite.")
+class _Move(NamedTuple):
+    tensor: Tensor
+    axis: int  # along which the displaced rows lie
+    entries: Tensor  # (n,) which rows
+    values: Tensor  # (n, ...) what is added to them, the row axis in front
+
+    def carry_out(self) -> None:
+        self.tensor.movedim(self.axis, 0).index_add_(0, self.entries, self.values)
 
 
-def _known_group(arch: Architecture, name: str) -> ChannelGroup:
-    try:
-        return arch.group(name)
-    except KeyError as error:
-        raise ValueError(error.args[0]) from None
+class _Place(NamedTuple):
+    entries: Tensor  # (splits x entries per neuron,) along the block's axis
+    others: dict[int, Tensor]  # for each other axis that grew the entries of the first offspring
+    num_splits: int
 
 
-def _count(lengths: Index) -> Index:
-    """``0 … n - 1`` for each of the lengths, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
-def _stretched(growth: _PortGrowth | None, block: Block) -> _PortGrowth:
-    """The growth of a port, entry by entry of the block of a tensor's axis that belongs to it."""
-    if growth is None:
-        index = torch.arange(block.size)
-        growth = _PortGrowth(
-            index, torch.ones(block.size, dtype=torch.float64), torch.full_like(index, -1), index * 0
-        )
-    m = block.multiple
-    index = block.start + (growth.index[:, None] * m + torch.arange(m)).flatten()
-    rest = (t.repeat_interleave(m) for t in (growth.factor, growth.split, growth.ordinal))
-    return _PortGrowth(index, *rest)
-
-
-def _joined(parts: Sequence[_PortGrowth]) -> _PortGrowth:
-    if len(parts) == 1:
-        return parts[0]
-    return _PortGrowth(
-        *(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_PortGrowth))
-    )
-
-
-def _selected(tensor: Tensor, picks: Mapping[int, Tensor]) -> Tensor:
-    """Entries picked along several axes, without a copy in between that is as large as the result."""
-    (axis, index), *rest = ((a, i.to(tensor.device)) for a, i in picks.items())
-    if not rest:
-        return tensor.index_select(axis, index)
-    shape = [len(picks[d]) if d in picks else size for d, size in enumerate(tensor.shape)]
-    new, start = tensor.new_empty(shape), 0
-    for part in index.chunk(16):
-        piece = tensor.index_select(axis, part)
-        for other, where in rest:
-            piece = piece.index_select(other, where)
-        new.narrow(axis, start, len(part)).copy_(piece)
-        start += len(part)
-    return new
-
-
-def _displacement(
-    new: Tensor, axis: int, g: _PortGrowth, displaced: Mapping[tuple[int, int], Tensor]
-) -> _Displacement | None:
-    """Displacements of the rows; consumers' columns are still those of the old layout."""
-    entries, values = [], []
-    for entry in (g.split >= 0).nonzero().flatten().tolist():
-        row = displaced.get((int(g.split[entry]), int(g.index[entry])))
-        if row is not None:
-            entries.append(entry)
-            values.append(row[int(g.ordinal[entry])].to(new))
-    if not entries:
-        return None
-    return _Displacement(axis, torch.tensor(entries, device=new.device), torch.stack(values))
+def _positions(block: ThetaBlock) -> Tensor:
+    """For each old entry of the block's axis, which of its neuron's entries it is."""
+    found = torch.zeros(int(block.rows.max(initial=-1)) + 1, dtype=torch.int64)
+    found[torch.from_numpy(block.rows)] = torch.arange(block.rows.shape[1]).expand(block.rows.shape)
+    return found
 
 
 def _sites(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
@@ -405,28 +399,3 @@ def _sites(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
                 if tensor is not None:
                     sites[id(tensor)].append((store, name))
     return sites
-
-
-def _scale_(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
-    shape = [1] * tensor.ndim
-    shape[axis] = -1
-    return tensor.mul_(factor.to(tensor).view(shape))  # cast first: float64 factors would promote bf16
-
-
-def _same_format(new: Tensor, old: Tensor) -> Tensor:
-    for memory_format in (torch.channels_last, torch.channels_last_3d):
-        fits = old.ndim == (4 if memory_format is torch.channels_last else 5)
-        if fits and old.is_contiguous(memory_format=memory_format) and not old.is_contiguous():
-            return new.contiguous(memory_format=memory_format)
-    return new.contiguous()
-
-
-def _as_parameter(new: Tensor, old: nn.Parameter) -> nn.Parameter:
-    """A parameter that takes the place of another: same flags, attributes and hooks."""
-    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-    vars(parameter).update(vars(old))
-    for hook in (old._backward_hooks or {}).values():
-        parameter.register_hook(hook)
-    for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
-        parameter.register_post_accumulate_grad_hook(hook)
-    return parameter

@@ -460,7 +460,8 @@ class _Tracer(Watcher):
             kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
             for kind in ("out", "through", "in")
         }
-        theta, params, macs = [], 0, 0.0
+        params, macs = 0, 0.0
+        layouts: dict[str, list[ThetaBlock]] = {"out": [], "through": [], "in": []}
         rank = np.full(self.table.size, -1)
         rank[members] = np.arange(len(members))
         for path in dict.fromkeys(path for path, _ in keys):
@@ -471,25 +472,28 @@ class _Tracer(Watcher):
                     found = [
                         _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
                     ]
-                    if not found or not isinstance(tensor, nn.Parameter):
+                    kind = port_kind(blocks[0].port)
+                    if not found or not (isinstance(tensor, nn.Parameter) or kind == "through"):
                         continue
                     rows = np.concatenate(found, axis=1)
                     size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
-                    params += size
-                    macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
-                    if any(port_kind(b.port) == "out" for b in blocks):
-                        theta.append(ThetaBlock(path, name, axis, rows, size))
+                    layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
+                    if isinstance(tensor, nn.Parameter):
+                        params += size
+                        macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
         return ChannelGroup(
             name=by_kind["out"][0] or "(root)",
             width=len(members),
-            dim=sum(block.size for block in theta),
+            dim=sum(block.size for block in layouts["out"]),
             producers=by_kind["out"],
             channelwise=by_kind["through"],
             consumers=by_kind["in"],
             params=params,
             macs=macs,
             neurons=tuple(members),
-            theta=tuple(theta),
+            theta=tuple(layouts["out"]),
+            through=tuple(layouts["through"]),
+            outgoing=tuple(layouts["in"]),
         )
 
     def _why_not(self, group: ChannelGroup) -> str | None:
