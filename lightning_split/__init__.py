@@ -12,7 +12,7 @@ from lightning_split.selection import KnapsackEnergy, SelectionStrategy, Thresho
 from lightning_split.stepsize import Absolute, LineSearch, Relative
 from lightning_split.surgery import split_neurons
 from lightning_split.tracing import trace
-from lightning_split.triggers import Every, Plateau
+from lightning_split.triggers import Every, Plateau, Trigger
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "SteepestSplitting",
     "Threshold",
     "TopK",
+    "Trigger",
     "enable_growth",
     "fit_to_state_dict",
     "grow",

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_split._compat import Callback, MisconfigurationException, twins
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import enable_growth
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.growth import NothingToSplitError, grow, select_groups
 from lightning_split.lineage import Lineage
+from lightning_split.monitoring import Monitor
 from lightning_split.optim import (
     TrainerRanks,
     averaging_done,
@@ -47,10 +48,11 @@ from lightning_split.triggers import Plateau, Trigger
 
 __all__ = ["SplittingCallback"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+_PRUNING = twins("callbacks.ModelPruning")
 
 
-class SplittingCallback(pl.Callback):
+class SplittingCallback(Callback):
     """Grow the network by splitting neurons whenever training stops making progress.
 
     Add it to the callbacks of any Trainer; the LightningModule stays as it is. When the trigger says so, at
@@ -158,9 +160,7 @@ class SplittingCallback(pl.Callback):
         self.history: list[dict[str, Any]] = []
         self.lineage = Lineage()
         self.barred: dict[str, str] = {}
-        self._last_value: float | None = None  # of the monitored metric, unobserved when the run was saved
-        self._seen: Tensor | None = None  # the monitored metric when the trigger looked last
-        self._observed_epoch = -1
+        self._monitor = Monitor(self.trigger)
         self._buffer = BatchBuffer(num_batches + confirm_batches)
         self._buffering = False
         self._traced = False
@@ -185,7 +185,7 @@ class SplittingCallback(pl.Callback):
                 "This SplittingCallback already belongs to another module, whose growths it remembers; "
                 "create a new SplittingCallback for each module."
             )
-        if any(isinstance(c, ModelPruning) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(c, _PRUNING) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "SplittingCallback cannot grow layers that ModelPruning masks; use one of the two callbacks."
             )
@@ -201,7 +201,7 @@ class SplittingCallback(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._observe(trainer)
+        self._monitor.epoch_starts(trainer)
         self._grow_if_due(trainer, pl_module)
 
     @override
@@ -212,39 +212,21 @@ class SplittingCallback(pl.Callback):
             self._first_look(trainer, pl_module, batch)
         if self._buffering:
             self._buffer.add(batch)
+        self._monitor.batch_starts(trainer)
         # A gradient under accumulation belongs to the old sizes: grow where Lightning zeroes it.
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._grow_if_due(trainer, pl_module)
 
-    def _observe(self, trainer: pl.Trainer) -> None:
-        """Let the trigger see the value of the epoch that has just ended, once."""
-        monitor, finished = self.trigger.monitor, trainer.current_epoch - 1
-        if monitor is None or finished < 0 or finished <= self._observed_epoch:
-            return
-        # Logged without sync_dist it differs between processes, which must grow at the same time.
-        value = TrainerRanks(trainer).agree(self._unobserved(trainer))
-        self._seen = trainer.callback_metrics.get(monitor)
-        self._last_value = None
-        if value is None and self._observed_epoch < 0:
-            interval = trainer.check_val_every_n_epoch or 1
-            if finished + 1 >= interval:
-                known = ", ".join(map(repr, sorted(trainer.callback_metrics))) or "none"
-                raise MisconfigurationException(
-                    f"SplittingCallback monitors {monitor!r}, which was not logged; log it with "
-                    f"self.log({monitor!r}, ...) or monitor one of: {known}."
-                )
-            return
-        self._observed_epoch = finished
-        self.trigger.observe(value, epoch=finished, step=trainer.global_step)
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._monitor.batch_ends(trainer)
 
-    def _unobserved(self, trainer: pl.Trainer) -> float | None:
-        """The monitored metric, if it was logged since the trigger looked last."""
-        metric = trainer.callback_metrics.get(self.trigger.monitor or "")
-        if metric is None:
-            return self._last_value
-        # Lightning keeps the last value of what is not logged in every epoch, detached for every caller.
-        stale = self._seen is not None and metric.data_ptr() == self._seen.data_ptr()
-        return None if stale else float(metric)
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._monitor.validation_ends(trainer)
 
     def _grow_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or averaging_done(trainer) or self._exhausted():
@@ -384,24 +366,24 @@ class SplittingCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "version": STATE_VERSION,
             "history": self.history,
             "trigger": self.trigger.state_dict(),
+            "monitor": self._monitor.state_dict(),
             "lineage": self.lineage.to_dict(),
             "barred": self.barred,
-            "last_value": self._last_value,
-            "observed_epoch": self._observed_epoch,
         }
+        return deepcopy(state)  # it may be written later, by another thread
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # The next epoch will look at this value, but a resumed Trainer has forgotten it.
+        # What the trigger has yet to see, the resumed Trainer will have forgotten.
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None:
-            state["last_value"] = self._unobserved(trainer)
+            state["monitor"] = self._monitor.state_now(trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -415,8 +397,7 @@ class SplittingCallback(pl.Callback):
         self.trigger.load_state_dict(state_dict["trigger"])
         self.lineage = Lineage.from_dict(state_dict["lineage"])
         self.barred = dict(state_dict["barred"])
-        self._last_value = state_dict["last_value"]
-        self._observed_epoch = int(state_dict["observed_epoch"])
+        self._monitor.load_state_dict(state_dict["monitor"])
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

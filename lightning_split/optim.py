@@ -9,15 +9,12 @@ from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_split._compat import MisconfigurationException, twins
 from lightning_split.checkpoint import growth_enabled
 from lightning_split.ranks import Ranks
 from lightning_split.surgery import AxisMap, Replacement
@@ -38,6 +35,11 @@ __all__ = [
 Mode = Literal["transfer", "reset"]
 Replaced = Mapping[nn.Parameter, Replacement]
 T = TypeVar("T")
+
+_LIGHTNING_OPTIMIZER = twins("core.optimizer.LightningOptimizer")
+_DDP = twins("strategies.DDPStrategy")
+_PLAIN = (*twins("strategies.SingleDeviceStrategy"), *_DDP)
+_SWA = twins("callbacks.StochasticWeightAveraging")
 
 # How the entries of torch.optim's states go with the gradient. The gradient of a new entry is s
 # times that of the entry that it copies (s = AxisMap.scale), hence so is every average of
@@ -120,7 +122,7 @@ def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer
 
 def _unwrapped(optimizer: Any) -> Optimizer:
     # Its class imitates the wrapped one, but only the inner object has the live state.
-    inner: Optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    inner: Optimizer = optimizer.optimizer if isinstance(optimizer, _LIGHTNING_OPTIMIZER) else optimizer
     return inner
 
 
@@ -270,7 +272,7 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         MisconfigurationException: Naming the strategy.
     """
     strategy: Any = trainer.strategy
-    plain = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    plain = isinstance(strategy, _PLAIN)
     # The flag marks strategies that shard, and that load weights too late to be resized.
     if not plain or strategy.restore_checkpoint_after_setup:
         raise MisconfigurationException(
@@ -307,7 +309,7 @@ def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     hooks stay.
     """
     strategy: Any = trainer.strategy
-    if strategy.model is pl_module or not isinstance(strategy, DDPStrategy):
+    if strategy.model is pl_module or not isinstance(strategy, _DDP):
         return
     strategy.model = pl_module
     strategy.configure_ddp()
@@ -331,7 +333,7 @@ def averaging_done(trainer: pl.Trainer) -> bool:
 
     What grew in there would be measured without BatchNorm's statistics, and never be trained.
     """
-    averaging = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    averaging = [c for c in trainer.callbacks if isinstance(c, _SWA)]  # type: ignore[attr-defined]
     return any(trainer.current_epoch > c.swa_end for c in averaging)
 
 

@@ -19,17 +19,15 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from lightning_split._compat import MisconfigurationException, is_module, is_trainer, overrides
 from lightning_split.measuring import isolated_rng, undisturbed
 
 __all__ = [
@@ -62,7 +60,7 @@ def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule, *, seed: int | Non
         seed: Where the random state starts inside. Lightning does not restore it on resume, so with
             ``None``, which lets it run on, a resumed run measures with other draws.
     """
-    modules = [m for m in pl_module.modules() if isinstance(m, pl.LightningModule)]
+    modules = [m for m in pl_module.modules() if is_module(m)]
     owners = [*pl_module.modules(), getattr(trainer, "datamodule", None)]
     with ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
@@ -142,7 +140,7 @@ def _held(roots: Iterable[Any], wanted: Callable[[Any], bool], depth: int = _DEP
                 below += value[:_MOST_ITEMS]
             elif isinstance(value, functools.partial):
                 below += [value.func, *value.args, *value.keywords.values()]
-            elif not isinstance(value, (pl.Trainer, torch.Generator)):
+            elif not (is_trainer(value) or isinstance(value, torch.Generator)):
                 below += getattr(value, "__dict__", {}).values()
                 below.append(getattr(value, "__self__", None))  # of a bound method
         level = below
@@ -215,7 +213,8 @@ def _is_replayable(loader: Any) -> bool:
         return False
     init: Any = loader.worker_init_fn
     init = init.func if isinstance(init, functools.partial) else init
-    if loader.num_workers > 0 and init not in (None, pl_worker_init_function):
+    lightnings = getattr(init, "__name__", "") == "pl_worker_init_function"
+    if loader.num_workers > 0 and init is not None and not lightnings:
         return False  # it may open what the data set reads from, in the workers only
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     return not any(isinstance(sampler, Iterator) for sampler in samplers)  # asking uses it up
@@ -369,7 +368,7 @@ def refuse_unprobeable(pl_module: pl.LightningModule) -> None:
         MisconfigurationException: Asking for ``loss_fn``.
     """
     why = None
-    if not is_overridden("training_step", pl_module):
+    if not overrides(pl_module, "training_step"):
         why = "has no training_step to measure the loss with"
     elif not pl_module.automatic_optimization:
         why = "uses manual optimization, so its training_step would take optimizer steps"

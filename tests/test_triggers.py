@@ -107,16 +107,47 @@ def test_an_epoch_without_a_value_does_not_count() -> None:
 
 
 def test_smoothing_is_an_exponential_average_since_the_last_growth() -> None:
-    """The average of 4, 0, 0 at 1/2 is 4, 2, 1, skips NaN and starts anew after a growth."""
+    """Weights fall by the half with age and sum to one; NaN is skipped; a growth starts the average anew."""
     trigger = Plateau(patience=1, smoothing=0.5)
     averages = []
-    for epoch, value in enumerate([4.0, 0.0, math.nan, 0.0]):
+    for epoch, value in enumerate([4.0, 0.0, math.nan, 1.0]):
         trigger.observe(value, epoch=epoch, step=epoch)
         averages.append(trigger.state_dict()["average"])
-    assert averages == [4.0, 2.0, 2.0, 1.0]
+    assert averages == pytest.approx([4, 4 / 3, 4 / 3, (4 / 4 + 1) / (1 + 1 / 2 + 1 / 4)])
     trigger.fired(epoch=4, step=4)
     trigger.observe(10.0, epoch=5, step=5)
     assert trigger.state_dict()["average"] == trigger.state_dict()["best"] == 10.0
+
+
+def test_the_average_settles_while_resting() -> None:
+    """Values of the warm-up do not count, but the first one that counts is not the raw next value."""
+    trigger = Plateau(patience=1, smoothing=0.5, warmup=2)
+    for value in (4.0, 0.0, 1.0):
+        trigger.observe(value, epoch=0, step=0)
+    assert trigger.state_dict()["best"] == pytest.approx((4 / 4 + 1) / (1 + 1 / 2 + 1 / 4))
+
+
+def test_a_trigger_of_ones_own_needs_no_more_than_due() -> None:
+    """Attributes with an underscore are its state; another trigger's state is refused."""
+
+    class AtEpochs(Trigger):
+        def __init__(self, *epochs: int) -> None:
+            self.epochs = epochs
+            self._done = 0
+
+        def due(self, *, epoch: int, step: int) -> bool:
+            return self._done < len(self.epochs) and epoch >= self.epochs[self._done]
+
+        def fired(self, *, epoch: int, step: int) -> None:
+            self._done += 1
+
+    trigger = AtEpochs(1, 4)
+    assert due_epochs(trigger, [None] * 6) == [1, 4]
+    again = AtEpochs(1, 4, 5)
+    again.load_state_dict(trigger.state_dict())
+    assert due_epochs(again, [None] * 3, start=4) == [5]
+    with pytest.raises(ValueError, match="is not one of AtEpochs"):
+        again.load_state_dict(Every(1).state_dict())
 
 
 def test_every_counts_epochs_from_the_last_growth() -> None:
@@ -179,7 +210,9 @@ def test_states_are_plain_numbers() -> None:
     trigger = Plateau(smoothing=0.5)
     for epoch in range(3):
         trigger.observe(torch.tensor(1.5), epoch=epoch, step=epoch)  # type: ignore[arg-type]
-    assert trigger.state_dict() == {"best": 1.5, "average": 1.5, "stale": 2, "resting": 0}
+    assert trigger.state_dict() == {
+        **{"best": 1.5, "average": 1.5, "weight": 0.875, "stale": 2, "resting": 0}
+    }
     kinds = {type(value) for value in trigger.state_dict().values()}
     assert kinds == {float, int}
     assert Every(2).state_dict() == {"last": 0}
@@ -213,7 +246,7 @@ def test_defaults_are_those_of_the_design() -> None:
     """min_delta = 1e-3 is absolute, as in Lightning's EarlyStopping."""
     assert repr(Plateau()) == (
         "Plateau(monitor='train_loss', mode='min', patience=3, min_delta=0.001, "
-        "min_delta_mode='abs', cooldown=0, warmup=0, smoothing=0.0)"
+        "min_delta_mode='abs', cooldown=0, warmup=0, smoothing=0.0, interval='epoch')"
     )
 
 
