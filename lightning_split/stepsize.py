@@ -59,7 +59,7 @@ class Absolute(StepSize):
     def __post_init__(self) -> None:
         if not 0 <= self.length < math.inf:
             raise ValueError(
-                f"step_size is the length of a displacement: it must be at least 0, got {self.length}."
+                f"step_size must be at least 0, got {self.length}: it is the length of a displacement."
             )
 
     def lengths(self, weights: Tensor) -> Tensor:
