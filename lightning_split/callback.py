@@ -41,6 +41,7 @@ from lightning_split.probing import (
 from lightning_split.report import GrowthReport
 from lightning_split.reporting import log_growth
 from lightning_split.selection import SelectionStrategy, TopK
+from lightning_split.significance import FIRST_LOOK, DrawnBatches
 from lightning_split.stepsize import StepSize, as_step_size
 from lightning_split.surgery import Surgery
 from lightning_split.tracing import trace_step
@@ -77,7 +78,11 @@ class SplittingCallback(Callback):
         step_size: The lengths of the offspring's displacements: ε for all of them, ``"line_search"``, or a
             :class:`Relative`, :class:`LineSearch` or another :class:`~lightning_split.stepsize.StepSize`.
         num_batches: Training batches from which the splitting matrices are estimated.
-        confirm_batches: Fresh training batches on which the gains are measured again; 0 does without.
+        confirm_batches: Fresh training batches on which the gains are measured again: 16, 32 … and at most so
+            many, until enough gains can be told from noise; 0 does without.
+        significance: Only neurons whose gain is more than noise are split: of those, at most this share is
+            expected to be no gain. ``None`` splits what looks best. Fewer than eight fresh batches are not
+            tested.
         loss_fn: ``loss_fn(pl_module, batch)`` returning the scalar mean loss; default the module's own
             ``training_step``.
         include: Patterns of group names that may grow (see ``print(trace(model, x))``).
@@ -111,7 +116,8 @@ class SplittingCallback(Callback):
         cooldown: int = 0,
         step_size: float | str | StepSize = 1e-2,
         num_batches: int = 8,
-        confirm_batches: int = 8,
+        confirm_batches: int = 64,
+        significance: float | None = 0.01,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -135,6 +141,8 @@ class SplittingCallback(Callback):
         ):
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if significance is not None and not 0 < significance < 1:
+            raise ValueError(f"significance must be between 0 and 1, or None, got {significance}.")
         for name, patterns in (("include", include), ("exclude", exclude)):
             if isinstance(patterns, str):
                 raise ValueError(f"{name} is a list of patterns; write {name}=[{patterns!r}].")
@@ -146,6 +154,7 @@ class SplittingCallback(Callback):
         self.step_size = as_step_size(step_size)
         self.num_batches = num_batches
         self.confirm_batches = confirm_batches
+        self.significance = significance
         self.loss_fn = loss_fn
         self.include = include
         self.exclude = exclude
@@ -161,7 +170,7 @@ class SplittingCallback(Callback):
         self.lineage = Lineage()
         self.barred: dict[str, str] = {}
         self._monitor = Monitor(self.trigger)
-        self._buffer = BatchBuffer(num_batches + confirm_batches)
+        self._buffer = BatchBuffer(num_batches + min(confirm_batches, FIRST_LOOK))
         self._buffering = False
         self._traced = False
         self._module: weakref.ref[nn.Module] | None = None
@@ -238,7 +247,7 @@ class SplittingCallback(Callback):
         if batches is None:
             return  # the buffer is filling; due stays due
         try:
-            report = self._grow(trainer, pl_module, batches)
+            report = self._grow(trainer, pl_module, *batches)
         except NothingToSplitError as error:
             if not error.frozen:
                 raise
@@ -278,35 +287,56 @@ class SplittingCallback(Callback):
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
         return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
 
-    def _replayed(self, trainer: pl.Trainer, count: int) -> list[Any] | None:
-        return training_batches(trainer, count, seed=self._growth_seed)
+    def _replayed(self, trainer: pl.Trainer, count: int, skip: int = 0) -> list[Any] | None:
+        return training_batches(trainer, count, seed=self._growth_seed, skip=skip)
 
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Any] | None:
-        """Training batches on the device, or ``None`` if there are not enough yet."""
-        count = self.num_batches + self.confirm_batches
+    def _batches(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> tuple[list[Any], Iterable[Any] | None] | None:
+        """Batches on the device, to estimate and to confirm with; ``None`` if there are not enough yet."""
+        count = self.num_batches + min(self.confirm_batches, FIRST_LOOK)
+        more = self.confirm_batches - FIRST_LOOK
         with quiet(trainer, pl_module, seed=self._growth_seed):
             batches = self._replayed(trainer, count)
             if batches is not None:
-                return [to_device(trainer, pl_module, batch) for batch in batches]
-        self._buffering = True
-        buffered: list[Any] = self._buffer.batches()
-        return buffered if len(buffered) >= count else None
+                batches = [to_device(trainer, pl_module, batch) for batch in batches]
+        if batches is None:
+            self._buffering = True
+            batches, more = self._buffer.batches(), 0
+            if len(batches) < count:
+                return None
+        if not self.confirm_batches:
+            return batches, None
+        # Where an epoch has fewer batches than asked for, it is shared out.
+        num = min(self.num_batches, (len(batches) + 1) // 2)
+        fresh = batches[num:]
+        if len(batches) < count or more <= 0:
+            return batches[:num], fresh or None
 
-    def _grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[Any]) -> GrowthReport:
-        fresh = batches[self.num_batches :] if self.confirm_batches else None
-        if fresh is not None and not fresh:  # fewer batches in an epoch than asked for
-            half = (len(batches) + 1) // 2
-            batches, fresh = batches[:half], batches[half:] or None
+        def draw(skip: int) -> list[Any]:
+            found = self._replayed(trainer, min(more - skip, FIRST_LOOK), skip=count + skip) or []
+            return [to_device(trainer, pl_module, batch) for batch in found]
+
+        return batches[:num], DrawnBatches(fresh, draw, self.confirm_batches)
+
+    def _grow(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batches: list[Any],
+        fresh: Iterable[Any] | None,
+    ) -> GrowthReport:
         share_buffers(trainer)
         with quiet(trainer, pl_module, seed=self._growth_seed):
             report = grow(
                 pl_module,
-                batches[: self.num_batches],
+                batches,
                 self._loss(trainer, pl_module),
                 grower=self.grower,
                 strategy=self.strategy,
                 step_size=self.step_size,
                 confirm_batches=fresh,
+                significance=self.significance,
                 include=self.include,
                 exclude=self.exclude,
                 barred=self.barred,

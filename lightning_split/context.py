@@ -11,6 +11,8 @@ from torch import nn
 from lightning_split.architecture import Architecture
 from lightning_split.curvature import LossFn, SplittingOperator
 from lightning_split.ranks import Ranks
+from lightning_split.selection import Candidate
+from lightning_split.significance import FreshBatches, GainTest
 
 __all__ = ["GrowthContext"]
 
@@ -23,7 +25,8 @@ class GrowthContext:
     arch: Architecture  # the groups that may grow
     loss_fn: LossFn
     batches: Sequence[Any]  # what directions are found on
-    fresh: Sequence[Any] | None = None  # what gains are measured again on; None: no confirmation
+    fresh: FreshBatches | None = None  # what gains are measured again on; None: no confirmation
+    test: GainTest | None = None  # says when the gains are known well enough
     all_schemes: bool = False  # whether the strategy wants every scheme of a neuron, or its best one
     surrogate_beta: float | None = 3.0
     train_mode: bool = False
@@ -43,3 +46,14 @@ class GrowthContext:
             cache_bytes=self.cache_bytes,
             seed=self.seed,
         )
+
+    def settled(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> bool:
+        """Whether the gains, measured on so many fresh batches, are known well enough to choose.
+
+        Args:
+            candidates: With gains and standard errors as measured so far.
+            num_batches: Of all processes together.
+            alternatives: Each gain is the largest of so many that were measured.
+        """
+        known = self.test is not None and self.test.settled(candidates, num_batches, alternatives)
+        return self.ranks.agree(known)

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lightning_split.architecture import Architecture
 from lightning_split.costs import NetworkCost, network_cost, neuron_cost
-from lightning_split.growers import Proposal
 from lightning_split.selection import Candidate, SelectionStrategy, best_per_neuron
 from lightning_split.surgery import Split, Surgery
 
-__all__ = ["as_split", "choose", "within_limits"]
+__all__ = ["as_split", "chooser", "within_limits"]
 
 
-def choose(
-    proposal: Proposal, arch: Architecture, strategy: SelectionStrategy, cost: NetworkCost
-) -> list[Candidate]:
-    """Let the strategy choose among candidates that know their cost."""
+def chooser(
+    arch: Architecture, strategy: SelectionStrategy, cost: NetworkCost
+) -> Callable[[Sequence[Candidate]], list[Candidate]]:
+    """What the strategy chooses among candidates that know their cost."""
     per_neuron = {g.name: neuron_cost(g, strategy.cost) for g in arch.groups}
-    priced = [replace(c, cost=per_neuron[c.group] * max(1, len(c.weights) - 1)) for c in proposal.candidates]
-    chosen = list(strategy.bind(float(getattr(cost, strategy.cost))).select(priced))
-    unknown = [c for c in chosen if c.displacements is None or not c.weights]
-    if unknown:
-        raise ValueError(
-            f"{type(strategy).__name__}.select returned a candidate that it was not given (neuron "
-            f"{unknown[0].neuron} of '{unknown[0].group}'); return a subset of the candidates."
-        )
-    return best_per_neuron(chosen)
+    bound = strategy.bind(float(getattr(cost, strategy.cost)))
+
+    def choose(candidates: Sequence[Candidate]) -> list[Candidate]:
+        priced = [replace(c, cost=per_neuron[c.group] * max(1, len(c.weights) - 1)) for c in candidates]
+        chosen = list(bound.select(priced))
+        unknown = [c for c in chosen if c.displacements is None or not c.weights]
+        if unknown:
+            raise ValueError(
+                f"{type(strategy).__name__}.select returned a candidate that it was not given (neuron "
+                f"{unknown[0].neuron} of '{unknown[0].group}'); return a subset of the candidates."
+            )
+        return best_per_neuron(chosen)
+
+    return choose
 
 
 def as_split(candidate: Candidate) -> Split:

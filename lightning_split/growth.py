@@ -15,18 +15,21 @@ from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.context import GrowthContext
 from lightning_split.costs import network_cost
 from lightning_split.curvature import LossFn, check_loss
-from lightning_split.deciding import as_split, choose, within_limits
+from lightning_split.deciding import as_split, chooser, within_limits
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
 from lightning_split.rehearsal import checked_readings, culprit, first_break
 from lightning_split.report import GrowthReport
 from lightning_split.selection import Candidate, SelectionStrategy, TopK
+from lightning_split.significance import FreshBatches, GainTest
 from lightning_split.stepsize import StepSize, as_step_size
 from lightning_split.surgery import Surgery
 from lightning_split.tracing import trace_step
 
 __all__ = ["GrowthReport", "NothingToSplitError", "grow", "select_groups"]
+
+_CHECKED = 8  # fresh batches on which the loss is measured before and after
 
 
 class NothingToSplitError(ValueError):
@@ -46,6 +49,7 @@ def grow(
     strategy: SelectionStrategy | None = None,
     step_size: float | str | StepSize = 1e-2,
     confirm_batches: Iterable[Any] | None = None,
+    significance: float | None = 0.01,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     barred: Mapping[str, str] | None = None,
@@ -71,8 +75,11 @@ def grow(
         strategy: Chooses; default ``TopK(fraction=0.3)``.
         step_size: The lengths of the offspring's displacements: ε for all of them, ``"line_search"``, or
             another :class:`~lightning_split.stepsize.StepSize`.
-        confirm_batches: Fresh batches on which the gains are measured again, and the loss before and after.
-            Without them both come from ``batches``.
+        confirm_batches: Fresh batches on which the gains are measured again, as many of them as it takes to
+            tell gains from noise (:mod:`lightning_split.significance`). The loss before and after is measured
+            on the first eight. Without them both come from ``batches``.
+        significance: Bound on the expected share of candidates without a true gain among those that selection
+            may choose; ``None`` lets all of them pass. Fewer than eight fresh batches are not tested.
         include: Patterns of group or producer names that may grow (``fnmatch``; default all).
         exclude: Patterns of names that may not.
         barred: Group names that must be left alone, with reasons (from earlier reports).
@@ -96,20 +103,23 @@ def grow(
     strategy = strategy or TopK(fraction=0.3)
     ranks = ranks or Ranks()
     batches = list(batches)
-    fresh = None if confirm_batches is None else list(confirm_batches)
+    fresh = None if confirm_batches is None else FreshBatches(confirm_batches, ranks)
+    check = batches if fresh is None else fresh.first(_CHECKED)
     step = as_step_size(step_size)
-    _check_arguments(batches, fresh)
+    _check_arguments(batches, check, significance)
     whole = trace_step(model, batches[0], loss_fn)
     arch = select_groups(whole.without(dict(barred or {})), include, exclude)
-    check = fresh or batches
     before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
 
+    cost = network_cost(model, whole)
+    test = GainTest(chooser(arch, strategy, cost), significance, 1 if fresh is None else fresh.num_looks)
     context = GrowthContext(
         model,
         arch,
         loss_fn,
         batches,
         fresh,
+        test,
         all_schemes=strategy.all_schemes,
         surrogate_beta=surrogate_beta,
         train_mode=train_mode,
@@ -118,8 +128,8 @@ def grow(
         ranks=ranks,
     )
     proposal = grower.propose(context, step_size=step)
-    cost = network_cost(model, whole)
-    chosen = ranks.agree(choose(proposal, arch, strategy, cost))
+    passed = test.passed(proposal.candidates, proposal.num_batches, proposal.alternatives)
+    chosen = ranks.agree(test.choose(proposal.candidates, passed))
 
     before = checked_readings(model, arch, check[0], loss_fn, seed)
     broken: dict[str, str] = {}
@@ -182,6 +192,8 @@ def grow(
         limit=limit,
         notes=tuple(notes),
         confirmed=fresh is not None,
+        num_fresh=proposal.num_batches,
+        num_passed=sum(passed),
         replaced=surgery.replaced,
         architecture=arch,
     )
@@ -226,11 +238,13 @@ def select_groups(
     return replace(arch, groups=tuple(kept))
 
 
-def _check_arguments(batches: list[Any], fresh: list[Any] | None) -> None:
+def _check_arguments(batches: list[Any], check: list[Any], significance: float | None) -> None:
     if not batches:
         raise ValueError("grow needs at least one batch, and the iterable is empty.")
-    if fresh is not None and not fresh:
+    if not check:
         raise ValueError("confirm_batches is empty; pass None to do without a confirmation.")
+    if significance is not None and not 0 < significance < 1:
+        raise ValueError(f"significance is a share between 0 and 1, or None for no test, got {significance}.")
 
 
 def _mean_loss(

@@ -150,7 +150,7 @@ def _held(roots: Iterable[Any], wanted: Callable[[Any], bool], depth: int = _DEP
 # batches ------------------------------------------------------------------------------------------
 
 
-def training_batches(trainer: pl.Trainer, num: int, *, seed: int) -> list[Any] | None:
+def training_batches(trainer: pl.Trainer, num: int, *, seed: int, skip: int = 0) -> list[Any] | None:
     """Some batches of the training data, drawn without touching the running loader.
 
     Replays the samplers: each one is asked for the index lists of an epoch once more, some of the
@@ -169,6 +169,7 @@ def training_batches(trainer: pl.Trainer, num: int, *, seed: int) -> list[Any] |
             ones are cycled.
         seed: The same seed draws the same batches again, as long as the samplers' own attributes
             (an epoch number, a list shuffled in place) are the same; another seed draws others.
+        skip: Leave out so many of the batches that the seed draws, to go on where another call ended.
 
     Returns:
         Different batches in random order, on the CPU, structured as the Trainer's own; ``None`` if
@@ -194,12 +195,12 @@ def training_batches(trainer: pl.Trainer, num: int, *, seed: int) -> list[Any] |
         _borrowed_generators(roots, seed),
     ):
         columns = [
-            _replayed(dl, num, int(min(limit, _MOST_BATCHES)), seed)
+            _replayed(dl, slice(skip, skip + num), int(min(limit, _MOST_BATCHES)), seed)
             for dl, limit in zip(loaders, limits, strict=True)
         ]
     count = (min if combined._mode == "min_size" else max)(map(len, columns))
     if not all(columns):
-        return None
+        return [] if skip else None
     return [
         tree_unflatten([column[i % len(column)] for column in columns], combined._spec) for i in range(count)
     ]
@@ -262,13 +263,13 @@ def _refill(value: Any, content: Any) -> None:
     (value.extend if isinstance(value, (list, deque)) else value.update)(content)
 
 
-def _replayed(loader: DataLoader[Any], num: int, limit: int, seed: int) -> list[Any]:
+def _replayed(loader: DataLoader[Any], which: slice, limit: int, seed: int) -> list[Any]:
     dataset: Any = loader.dataset
     lists = list(islice(iter(_index_source(loader)), limit))
     if loader.batch_sampler is not None and loader.batch_size is not None:
         lists = [found for found in lists if len(found) == loader.batch_size] or lists
     # The same choice for every loader: where two loaders run side by side, they stay so.
-    chosen = np.random.default_rng(seed).permutation(len(lists))[:num]
+    chosen = np.random.default_rng(seed).permutation(len(lists))[which]
     batches = []
     for indices in (lists[place] for place in chosen.tolist()):
         if loader.batch_sampler is None:

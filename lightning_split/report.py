@@ -37,6 +37,8 @@ class GrowthReport:
     limit: str = ""  # which limit cut the growth short, as a sentence
     notes: tuple[str, ...] = ()  # what else there is to say, in sentences
     confirmed: bool = False  # whether predicted_gain was measured on fresh batches
+    num_fresh: int = 0  # on how many, of all processes together
+    num_passed: int = 0  # candidates whose gain is more than noise, by the significance asked for
     replaced: Mapping[nn.Parameter, Replacement] = field(default_factory=dict, repr=False)
     architecture: Architecture = field(default_factory=lambda: Architecture(()), repr=False)
     # architecture: as traced before the growth; with splits it repeats the growth on a copy of the network
@@ -74,6 +76,11 @@ class GrowthReport:
             f"loss {self.loss_before:.5f} -> {self.loss_after:.5f}",
             f"parameters {old.params:,} -> {new.params:,}, MACs {old.macs:,.0f} -> {new.macs:,.0f}",
         ]
+        if self.num_passed < len(self.candidates):
+            lines.append(
+                f"On {self.num_fresh} fresh batches {self.num_passed} of {len(self.candidates)} candidates "
+                "have a gain that is more than noise."
+            )
         if not self.splits:
             lines.append("No neuron was split: no candidate was chosen.")
         if self.limit:

@@ -11,6 +11,7 @@ from lightning_split import Exact, SteepestSplitting, trace
 from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import Scheme, schemes
+from lightning_split.significance import FreshBatches
 from scipy.optimize import minimize
 
 from networks import CASES, loss_of, randomised
@@ -150,7 +151,7 @@ def test_confirmation_replaces_the_gain_by_that_on_fresh_batches() -> None:
     arch, loss = trace(model, x), (lambda m, b: (m(b) - y).square().mean())
     fresh = [torch.randn(16, 5) for _ in range(3)]
     grower = SteepestSplitting(signed=False, solver=Exact())
-    proposal = grower.propose(GrowthContext(model, arch, loss, [x], fresh), step_size=0.1)
+    proposal = grower.propose(GrowthContext(model, arch, loss, [x], FreshBatches(fresh)), step_size=0.1)
     singles = [SplittingOperator(model, arch, [b], loss).dense("0") for b in fresh]
     own = SplittingOperator(model, arch, [x], loss).dense("0")
     for candidate in (c for c in proposal.candidates if c.group == "0"):

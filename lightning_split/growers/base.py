@@ -28,6 +28,8 @@ class Proposal:
     # eigenpairs: by group; after a confirmation their values are the Rayleigh quotients on fresh batches
     estimated_gain: Mapping[tuple[str, int, str], float] = field(default_factory=dict)
     # estimated_gain: (group, neuron, scheme) -> gain before confirmation
+    num_batches: int = 0  # fresh batches that the gains were measured on, of all processes together
+    alternatives: int = 1  # each gain is the largest of so many measured on the same batches
     notes: tuple[str, ...] = ()  # sentences for the report: which groups were left out, and why
 
 

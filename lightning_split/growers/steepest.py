@@ -53,7 +53,7 @@ class SteepestSplitting(Grower):
     def propose(self, context: GrowthContext, *, step_size: float | str | StepSize) -> Proposal:
         """One candidate per neuron, or per neuron and scheme; see :meth:`Grower.propose`.
 
-        Cost: the solver's products on the estimation batches and two on the fresh ones.
+        Cost: the solver's products on the estimation batches and two on each fresh one that is drawn.
         """
         ranks, step = context.ranks, as_step_size(step_size)
         operator = context.operator(context.batches)
@@ -67,24 +67,43 @@ class SteepestSplitting(Grower):
             dense=lambda name: ranks.mean_of({name: operator.dense(name)})[name],
         )
         offered = schemes(self.max_offspring, self.c, signed=self.signed)
-        quotients = None
-        if context.fresh is not None:
-            quotients = rayleigh_quotients(context.operator(context.fresh), pairs, ranks)
-        candidates: list[Candidate] = []
-        estimated: dict[tuple[str, int, str], float] = {}
-        for group in context.arch.groups:
-            if group.name not in pairs:
-                continue
-            found = pairs[group.name]
-            samples = found.values[None] if quotients is None else quotients[group.name]
-            lengths = step.lengths(weights_of(context.model, group, "incoming"))
-            offers = _candidates(group.name, found, samples, offered, lengths, every=context.all_schemes)
-            for candidate, before in offers:
-                candidates.append(candidate)
-                estimated[candidate.group, candidate.neuron, candidate.scheme] = before
-        if quotients is not None:
-            pairs = {n: replace(p, values=quotients[n].mean(0).to(p.values)) for n, p in pairs.items()}
-        return Proposal(tuple(candidates), pairs, estimated)
+        if context.fresh is None:
+            return Proposal(*_offers(context, pairs, None, offered, step))
+        alternatives = 1 if context.all_schemes else len(offered)
+        quotients: dict[str, Tensor] = {}
+        count = 0
+        for look in context.fresh.looks():
+            found = rayleigh_quotients(context.operator(look), pairs, ranks)
+            quotients = {n: torch.cat([quotients[n], q]) if count else q for n, q in found.items()}
+            count = len(next(iter(quotients.values())))
+            candidates, _, estimated = _offers(context, pairs, quotients, offered, step)
+            if context.settled(candidates, count, alternatives):
+                break
+        pairs = {n: replace(p, values=quotients[n].mean(0).to(p.values)) for n, p in pairs.items()}
+        return Proposal(candidates, pairs, estimated, count, alternatives)
+
+
+def _offers(
+    context: GrowthContext,
+    pairs: Mapping[str, Eigenpairs],
+    quotients: Mapping[str, Tensor] | None,
+    offered: list[Scheme],
+    step: StepSize,
+) -> tuple[tuple[Candidate, ...], Mapping[str, Eigenpairs], dict[tuple[str, int, str], float]]:
+    """Candidates of all groups, the eigenpairs behind them, and the gains before the confirmation."""
+    candidates: list[Candidate] = []
+    estimated: dict[tuple[str, int, str], float] = {}
+    for group in context.arch.groups:
+        if group.name not in pairs:
+            continue
+        found = pairs[group.name]
+        samples = found.values[None] if quotients is None else quotients[group.name]
+        lengths = step.lengths(weights_of(context.model, group, "incoming"))
+        offers = _candidates(group.name, found, samples, offered, lengths, every=context.all_schemes)
+        for candidate, before in offers:
+            candidates.append(candidate)
+            estimated[candidate.group, candidate.neuron, candidate.scheme] = before
+    return tuple(candidates), pairs, estimated
 
 
 def _candidates(

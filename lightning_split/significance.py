@@ -1,0 +1,182 @@
+r"""Which gains are more than noise, and how many fresh batches it takes to tell.
+
+A candidate's gain is a mean over fresh batches with a standard error, so :math:`t = \text{gain}/\text{se}`
+has Student's distribution if the true gain is zero. Candidates pass by the rule of Benjamini and Hochberg:
+the expected share of those without a true gain, among all that pass, is at most the level. Fresh batches are
+drawn in *looks*, each as long as all before it, until the strategy would not choose more candidates if it
+believed every positive gain. The level is split over the looks: who looks often finds something more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.stats import t as student
+
+from lightning_split.ranks import Ranks
+from lightning_split.selection import Candidate
+
+__all__ = ["FEWEST", "FIRST_LOOK", "NUM_LOOKS", "DrawnBatches", "FreshBatches", "GainTest", "passing"]
+
+FEWEST = 8  # with fewer batches there is no standard error to rely on, and nothing is tested
+FIRST_LOOK = 16  # below some 16 batches hardly anything passes (benchmarks/splitting_phase.py --splits)
+NUM_LOOKS = 3  # of an iterable of unknown length: 16, 32 and 64 batches
+
+
+class DrawnBatches:
+    """Batches of which the first are at hand, and the others are drawn when somebody asks for them.
+
+    Args:
+        first: Those at hand.
+        draw: ``draw(n)`` returns some more, leaving out the first ``n`` that it has; none at the end.
+        most: Number of batches at most.
+    """
+
+    def __init__(self, first: Sequence[Any], draw: Callable[[int], Sequence[Any]], most: int) -> None:
+        self._first, self._draw, self._most = first, draw, most
+
+    def __len__(self) -> int:
+        """The largest number of batches that there can be."""
+        return self._most
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, in order."""
+        yield from self._first
+        drawn = 0
+        while drawn < self._most - len(self._first):
+            found = self._draw(drawn)
+            if not found:
+                return
+            drawn += len(found)
+            yield from found
+
+
+class FreshBatches:
+    """Batches that have not shaped any direction, drawn only as far as they are needed.
+
+    Args:
+        batches: Where they come from. If its length is known, all of it may be drawn; else
+            ``FIRST_LOOK * 2**(NUM_LOOKS - 1)`` batches.
+        ranks: All processes draw equally many.
+
+    Raises:
+        ValueError: In :meth:`looks`, if there is no batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], ranks: Ranks | None = None) -> None:
+        most = len(batches) if isinstance(batches, Sized) else FIRST_LOOK * 2 ** (NUM_LOOKS - 1)
+        self._source = islice(iter(batches), most)
+        self._ranks = ranks or Ranks()
+        self._drawn: list[Any] = []  # ahead of the looks
+        self.num_looks = 1
+        while FIRST_LOOK * 2 ** (self.num_looks - 1) < most:
+            self.num_looks += 1
+
+    def first(self, count: int) -> list[Any]:
+        """The first batches, at most so many; the looks begin with them again."""
+        self._drawn += islice(self._source, max(0, count - len(self._drawn)))
+        return self._drawn[:count]
+
+    def looks(self) -> Iterator[list[Any]]:
+        """Batches to go on with: 16, then as many again as were drawn before, until there are no more."""
+        size = FIRST_LOOK
+        total = 0
+        while True:
+            batches = self.first(size)
+            self._drawn = self._drawn[size:]
+            counts = self._ranks.gather_of({"drawn": torch.tensor([len(batches)])})["drawn"]
+            batches = batches[: int(counts.min())]
+            if not batches:
+                if not total:
+                    raise ValueError("There is no fresh batch; pass confirm_batches=None to do without.")
+                return
+            total += len(batches)
+            yield batches
+            if len(batches) < size:
+                return
+            size = total
+
+
+def passing(
+    gains: npt.NDArray[np.float64],
+    errors: npt.NDArray[np.float64],
+    num_batches: int,
+    level: float,
+    alternatives: int = 1,
+) -> npt.NDArray[np.bool_]:
+    """Which gains are significantly above zero.
+
+    Args:
+        gains: Means over the batches, ``(N,)``.
+        errors: Their standard errors, ``(N,)``.
+        num_batches: Number of batches that they were measured on.
+        level: Bound on the expected share of those that pass without a true gain.
+        alternatives: Each gain is the largest of so many that were measured on the same batches.
+
+    Returns:
+        ``(N,)``.
+
+    References:
+        Benjamini and Hochberg (1995), the rule; Bonferroni's bound for the alternatives.
+    """
+    positive = gains > 0
+    if not len(gains):
+        return positive
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(positive, gains / errors, -np.inf)  # an error of zero leaves no doubt
+    p = np.minimum(1.0, alternatives * student.sf(ratio, num_batches - 1))
+    ranked = np.sort(p)
+    below = np.flatnonzero(ranked <= level * np.arange(1, len(p) + 1) / len(p))
+    return positive & (p <= ranked[below[-1]]) if len(below) else np.zeros(len(p), dtype=bool)
+
+
+class GainTest:
+    """Tells whether the candidates' gains are known well enough, and which of them pass.
+
+    Args:
+        select: What the strategy chooses among candidates.
+        level: See :func:`passing`; ``None`` lets every candidate pass and wants every batch.
+        num_looks: How often :meth:`settled` may be asked at most.
+    """
+
+    def __init__(
+        self,
+        select: Callable[[Sequence[Candidate]], list[Candidate]],
+        level: float | None,
+        num_looks: int = 1,
+    ) -> None:
+        self._select = select
+        self._level = None if level is None else level / num_looks
+
+    def passed(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> list[bool]:
+        """Of each candidate, whether its gain is significant; all pass that were not measured again."""
+        if self._level is None or num_batches < FEWEST:
+            return [True] * len(candidates)
+        gains = np.array([c.gain for c in candidates], dtype=np.float64)
+        errors = np.array([c.standard_error for c in candidates], dtype=np.float64)
+        return list(map(bool, passing(gains, errors, num_batches, self._level, alternatives)))
+
+    def choose(self, candidates: Sequence[Candidate], passed: Sequence[bool]) -> list[Candidate]:
+        """What the strategy chooses of those that passed.
+
+        It sees the others too, without gain, because a share of the neurons means a share of all of them.
+        """
+        shown = [
+            c if ok else replace(c, gain=0.0, splitting_index=0.0)
+            for c, ok in zip(candidates, passed, strict=True)
+        ]
+        dropped = {(c.group, c.neuron, c.scheme) for c, ok in zip(candidates, passed, strict=True) if not ok}
+        return [c for c in self._select(shown) if (c.group, c.neuron, c.scheme) not in dropped]
+
+    def settled(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> bool:
+        """Whether more fresh batches would give the strategy nothing more to choose."""
+        if self._level is None or num_batches < FEWEST:
+            return False
+        passed = self.passed(candidates, num_batches, alternatives)
+        return len(self.choose(candidates, passed)) >= len(self._select(candidates))
