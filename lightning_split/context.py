@@ -30,7 +30,7 @@ class GrowthContext:
     all_schemes: bool = False  # whether the strategy wants every scheme of a neuron, or its best one
     surrogate_beta: float | None = 3.0
     train_mode: bool = False
-    cache_bytes: int = 2**30
+    cache_bytes: int = 2**28
     seed: int = 0
     ranks: Ranks = field(default_factory=Ranks)
 

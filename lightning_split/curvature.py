@@ -7,12 +7,12 @@ the cuts held constant,
 .. math:: \varphi(\theta) = \sum_k \langle c_k, x_k(\theta; h)\rangle, \qquad
           \nabla^2\varphi = \mathrm{blockdiag}(S_1, \dots, S_n),
 
-and one Hessian-vector product of φ by double backward is :math:`S_i v_i` for every neuron of every layer.
+and one Hessian-vector product of φ by double backward is :math:`S_i v_i` for every neuron of every layer. The
+parts between cuts (:mod:`lightning_split.segments`) are differentiated one after the other.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_split.architecture import Architecture, ChannelGroup, ThetaBlock
+from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.layers import Port, port_kind
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import undisturbed
+from lightning_split.segments import Layout, Segment, segments
 from lightning_split.surrogates import SmoothDerivatives
 
 __all__ = ["LossFn", "SplittingOperator"]
@@ -42,8 +43,9 @@ class SplittingOperator:
 
     Shapes: a group of ``N`` neurons with ``D`` incoming weights each has vectors ``(N, D)``.
 
-    Cost: preparing a batch takes two forward and two backward passes; a product takes about one training
-    step. Batches whose graphs do not fit into ``cache_bytes`` are prepared anew for every product.
+    Cost: preparing a batch takes two forward and two backward passes; a product takes a little less than a
+    training step. Batches whose graphs do not fit into ``cache_bytes`` are prepared anew for every product;
+    of these the double backward of only one part of the network exists at a time.
 
     Args:
         model: The network; left as it was by every method.
@@ -53,8 +55,7 @@ class SplittingOperator:
         surrogate_beta: Sharpness of the softplus whose derivatives stand in for those of piecewise-linear
             activations; ``None`` keeps the true ones, whose second derivative is zero.
         train: Run in training mode (BatchNorm by the statistics of the batch) instead of eval mode.
-        cache_bytes: Graphs of batches are kept between products until they take about so much memory; that of
-            one batch is always kept.
+        cache_bytes: Graphs of batches are kept between products until they take about so much memory.
         seed: Seed of the random state in every pass (dropout in training mode).
     """
 
@@ -67,7 +68,7 @@ class SplittingOperator:
         *,
         surrogate_beta: float | None = 3.0,
         train: bool = False,
-        cache_bytes: int = 2**30,
+        cache_bytes: int = 2**28,
         seed: int = 0,
     ) -> None:
         self._model = model
@@ -77,9 +78,10 @@ class SplittingOperator:
         self._loss_fn = loss_fn
         self._beta = surrogate_beta
         self._train = train
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cache_bytes, self._kept_bytes = cache_bytes, 0
         self._seed = seed
-        self._graphs: dict[int, _Graph] = {}
+        self._kept: dict[int, list[Segment]] = {}  # by number of the batch
+        self._layout: Layout | None = None
         if not self._batches:
             raise ValueError("The splitting matrices need at least one batch, and there is none.")
         if not self._groups:
@@ -141,13 +143,32 @@ class SplittingOperator:
                     f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
                 )
         for number in range(self.num_batches):
-            graph = self._graphs.get(number)
-            if graph is None:
-                graph = self._prepare(number)
-                if not self._graphs or self._cached_bytes + graph.size <= self._cache_bytes:
-                    self._graphs[number] = graph
-                    self._cached_bytes += graph.size
-            yield self._product(graph, vectors)
+            yield self._apply(number, [dict(vectors)])[0]
+
+    def quadratic_forms(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
+        r""":math:`v^\top S v` of several vectors of every neuron, for every batch by itself.
+
+        Costs one preparation and ``K`` products per batch.
+
+        Args:
+            vectors: ``{group name: (N, K, D)}``.
+
+        Returns:
+            Batch after batch ``{group name: (N, K)}``.
+        """
+        count = max((v.shape[1] for v in vectors.values()), default=0)
+        many = [{name: v[:, k] for name, v in vectors.items()} for k in range(count)]
+        for number in range(self.num_batches):
+            products = self._apply(number, many)
+            yield {
+                name: torch.stack([(v[:, k] * products[k][name]).sum(-1) for k in range(count)], dim=1)
+                for name, v in vectors.items()
+            }
+
+    def release(self) -> None:
+        """Let go of all kept graphs; the next product prepares its batches anew."""
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def dense(self, group: str | ChannelGroup) -> Tensor:
         """The splitting matrices of one group (or its name), ``(N, D, D)``; costs D products."""
@@ -162,7 +183,14 @@ class SplittingOperator:
 
     # one batch --------------------------------------------------------------------------------------
 
-    def _prepare(self, number: int) -> _Graph:
+    def _apply(self, number: int, many: list[Vectors]) -> list[Vectors]:
+        """Products of one batch with several sets of vectors, from one preparation."""
+        answers = [{name: torch.zeros_like(v) for name, v in vectors.items()} for vectors in many]
+        kept = self._kept.get(number)
+        if kept is not None:
+            for segment in kept:
+                self._multiply(segment, many, answers)
+            return answers
         batch = self._batches[number]
         cotangents = self._cotangents(batch, number)
         smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
@@ -181,20 +209,30 @@ class SplittingOperator:
                     "than its input; pass a loss_fn that is deterministic for a seeded random state."
                 )
             pairs = [(x, c) for x, c in zip(reads, cotangents, strict=True) if c is not None]
-            pairs = [(x, c) for x, c in pairs if x.requires_grad]
-            theta = self._parameters()
-            first: list[Tensor | None] = [None] * len(theta)
-            if pairs:
-                phi = torch.stack([(x * c.to(x)).sum() for x, c in pairs]).sum()
-                first = list(
-                    torch.autograd.grad(phi, list(theta.values()), create_graph=True, allow_unused=True)
-                )
-        # A gradient without history is constant in θ: those weights have no second derivative.
-        alive = {key: g for key, g in zip(theta, first, strict=True) if g is not None and g.requires_grad}
-        # Beside each cut activation a segment holds some five of like size: its input, what its layers save
-        # in the forward and in the double backward pass, and the cotangent.
-        size = 6 * sum(x.element_size() * x.nelement() for x in reads)
-        return _Graph(alive, theta, size)
+            parts = segments([(x, c) for x, c in pairs if x.requires_grad], self._parameters())
+            reads.clear()
+            del pairs, cotangents
+            size = sum(segment.size for segment in parts)
+            keep = self._kept_bytes + size <= self._cache_bytes
+            done = []
+            while parts:
+                segment = parts.pop(0)
+                segment.differentiate()
+                self._multiply(segment, many, answers)
+                if keep:
+                    done.append(segment)
+                del segment  # before the next one is differentiated
+        if keep:
+            self._kept[number] = done
+            self._kept_bytes += size
+        return answers
+
+    def _multiply(self, segment: Segment, many: list[Vectors], answers: list[Vectors]) -> None:
+        if self._layout is None:
+            self._layout = Layout(self._groups.values(), self._parameters())
+        for vectors, answer in zip(many, answers, strict=True):
+            directions = self._layout.spread(vectors, segment.theta)
+            self._layout.collect(segment.product(directions), answer)
 
     def _cotangents(self, batch: Any, number: int) -> list[Tensor | None]:
         """Gradient of the loss at every consumer's input, through that consumer alone."""
@@ -220,12 +258,7 @@ class SplittingOperator:
             )
         found = iter(grads)
         cotangents = [next(found) if t.requires_grad else None for t in seen]
-        for name, c in zip(calls, cotangents, strict=True):
-            if c is not None and not bool(torch.isfinite(c).all()):
-                raise ValueError(
-                    f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the "
-                    "network has diverged, so splitting was not tried."
-                )
+        _check_finite(calls, cotangents, number)
         return [None if c is None else c.detach() for c in cotangents]
 
     def _running(self, replace: Callable[[Tensor], Tensor]) -> ExitStack:
@@ -236,42 +269,6 @@ class SplittingOperator:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
         stack.enter_context(watched(self._model, _Cuts(self._cuts, self._consumer_calls, replace)))
         return stack
-
-    def _product(self, graph: _Graph, vectors: Mapping[str, Tensor]) -> Vectors:
-        directions: dict[tuple[str, str], Tensor] = {}
-        for name, v in vectors.items():
-            offset = 0
-            for block in self._groups[name].theta:
-                key = (block.module, block.tensor)
-                if key not in directions:
-                    directions[key] = torch.zeros_like(graph.theta[key])
-                _scatter(directions[key], block, v[:, offset : offset + block.size])
-                offset += block.size
-        keys = [key for key in graph.first if key in directions]
-        result: dict[tuple[str, str], Tensor] = {}
-        if keys:
-            try:
-                products = torch.autograd.grad(
-                    [graph.first[k] for k in keys],
-                    [graph.theta[k] for k in directions],
-                    [directions[k] for k in keys],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            except RuntimeError as error:
-                raise _no_second_derivative(error) from error
-            found: list[Tensor | None] = list(products)
-            result = {k: p for k, p in zip(directions, found, strict=True) if p is not None}
-        gathered: Vectors = {}
-        for name, v in vectors.items():
-            parts = [
-                v.new_zeros(len(v), block.size)
-                if (product := result.get((block.module, block.tensor))) is None
-                else _gather(product, block).to(v)
-                for block in self._groups[name].theta
-            ]
-            gathered[name] = torch.cat(parts, dim=1)
-        return gathered
 
     def _parameters(self) -> dict[tuple[str, str], nn.Parameter]:
         found: dict[tuple[str, str], nn.Parameter] = {}
@@ -311,30 +308,19 @@ class _Cuts(Watcher):
         return self._replace(x)
 
 
-def _no_second_derivative(error: RuntimeError) -> Exception:
-    """The error of a product in words, if an operator cannot be differentiated twice."""
-    what = str(error).strip().partition("\n")[0]
-    if not re.search(r"derivative for .* is not implemented|twice|double.backward", what, re.IGNORECASE):
-        return error
-    return ValueError(
-        f"An operator of the network has no second derivative ({what}), so the splitting matrices of the "
-        "neurons before it cannot be computed; leave them out (exclude=...), or use another form of the "
-        "operator in loss_fn."
+def _check_finite(calls: list[str], cotangents: list[Tensor | None], number: int) -> None:
+    """Refuse gradients that are not finite, naming the layer; one look at the device for all of them."""
+    found = [
+        (name, torch.isfinite(c).all()) for name, c in zip(calls, cotangents, strict=True) if c is not None
+    ]
+    where = found[0][1].device
+    if bool(torch.stack([flag.to(where) for _, flag in found]).all()):
+        return
+    name = next(name for name, flag in found if not bool(flag))
+    raise ValueError(
+        f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the network has "
+        "diverged, so splitting was not tried."
     )
-
-
-class _Graph:
-    """One batch, ready for products: φ's gradient with its graph, and what it is a gradient in."""
-
-    def __init__(
-        self,
-        first: dict[tuple[str, str], Tensor],
-        theta: dict[tuple[str, str], nn.Parameter],
-        size: int,
-    ) -> None:
-        self.first = first
-        self.theta = theta
-        self.size = size  # bytes of memory, roughly
 
 
 def check_loss(loss: Any, number: int) -> None:
@@ -352,14 +338,3 @@ def check_loss(loss: Any, number: int) -> None:
             "The loss does not depend on the network's parameters; loss_fn(model, batch) must return a "
             "tensor that carries gradients."
         )
-
-
-def _scatter(target: Tensor, block: ThetaBlock, values: Tensor) -> None:
-    rows = target.movedim(block.axis, 0)
-    flat = block.rows.reshape(-1)
-    rows[torch.from_numpy(flat).to(target.device)] = values.reshape(len(flat), *rows.shape[1:]).to(target)
-
-
-def _gather(source: Tensor, block: ThetaBlock) -> Tensor:
-    flat = torch.from_numpy(block.rows.reshape(-1)).to(source.device)
-    return source.movedim(block.axis, 0)[flat].reshape(len(block.rows), -1)

@@ -57,7 +57,7 @@ def grow(
     max_macs: float | None = None,
     surrogate_beta: float | None = 3.0,
     train_mode: bool = False,
-    cache_bytes: int = 2**30,
+    cache_bytes: int = 2**28,
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> GrowthReport:

@@ -66,6 +66,7 @@ class SteepestSplitting(Grower):
             seed=context.seed,
             dense=lambda name: ranks.mean_of({name: operator.dense(name)})[name],
         )
+        operator.release()
         offered = schemes(self.max_offspring, self.c, signed=self.signed)
         if context.fresh is None:
             return Proposal(*_offers(context, pairs, None, offered, step))
@@ -156,15 +157,12 @@ def rayleigh_quotients(
 ) -> dict[str, Tensor]:
     """Rayleigh quotients of both extreme vectors of every neuron, batch by batch: ``(batches, N, 2)``.
 
-    Costs two products per batch.
+    Costs one preparation and two products per batch.
     """
-    columns = []
-    for end in (0, 1):
-        vectors = {name: p.vectors[:, end] for name, p in pairs.items()}
-        samples: dict[str, list[Tensor]] = {name: [] for name in vectors}
-        for product in operator.products(vectors):
-            for name, v in vectors.items():
-                samples[name].append((product[name] * v).sum(1))
-        columns.append({name: torch.stack(found) for name, found in samples.items()})
-    both = {name: torch.stack([c[name] for c in columns], dim=2) for name in pairs}
+    vectors = {name: p.vectors for name, p in pairs.items()}
+    samples: dict[str, list[Tensor]] = {name: [] for name in vectors}
+    for forms in operator.quadratic_forms(vectors):
+        for name, values in forms.items():
+            samples[name].append(values)
+    both = {name: torch.stack(values) for name, values in samples.items()}
     return ranks.gather_of(both)
