@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -310,14 +311,20 @@ class SplittingCallback(Callback):
         # Where an epoch has fewer batches than asked for, it is shared out.
         num = min(self.num_batches, (len(batches) + 1) // 2)
         fresh = batches[num:]
-        if len(batches) < count or more <= 0:
-            return batches[:num], fresh or None
+        if not fresh:
+            return batches[:num], None
+        epoch = math.inf if self._buffering else float(trainer.num_training_batches) - num
+        if len(batches) < count:
+            epoch = len(fresh)  # those are all that there are
 
         def draw(skip: int) -> list[Any]:
+            if len(batches) < count or more <= skip:
+                return []
             found = self._replayed(trainer, min(more - skip, FIRST_LOOK), skip=count + skip) or []
             return [to_device(trainer, pl_module, batch) for batch in found]
 
-        return batches[:num], DrawnBatches(fresh, draw, self.confirm_batches)
+        most = int(min(epoch, max(len(fresh), self.confirm_batches)))
+        return batches[:num], DrawnBatches(fresh, draw, most, epoch)
 
     def _grow(
         self,

@@ -112,7 +112,7 @@ def grow(
     before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
 
     cost = network_cost(model, whole)
-    test = GainTest(chooser(arch, strategy, cost), significance, 1 if fresh is None else fresh.num_looks)
+    test = GainTest(chooser(arch, strategy, cost), significance, fresh)
     context = GrowthContext(
         model,
         arch,

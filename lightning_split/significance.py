@@ -5,10 +5,16 @@ has Student's distribution if the true gain is zero. Candidates pass by the rule
 the expected share of those without a true gain, among all that pass, is at most the level. Fresh batches are
 drawn in *looks*, each as long as all before it, until the strategy would not choose more candidates if it
 believed every positive gain. The level is split over the looks: who looks often finds something more often.
+
+What a growth is to lower is the training loss. Where the fresh batches are a good part of all that an epoch
+has, little of it is left unseen, and the standard error of the mean over the epoch is smaller than that of an
+endless stream by :math:`\sqrt{1 - n/N}` (sampling without replacement). With all batches seen, the gain is
+known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
@@ -36,10 +42,18 @@ class DrawnBatches:
         first: Those at hand.
         draw: ``draw(n)`` returns some more, leaving out the first ``n`` that it has; none at the end.
         most: Number of batches at most.
+        population: How many such batches an epoch has; ``inf`` if that is not known.
     """
 
-    def __init__(self, first: Sequence[Any], draw: Callable[[int], Sequence[Any]], most: int) -> None:
+    def __init__(
+        self,
+        first: Sequence[Any],
+        draw: Callable[[int], Sequence[Any]],
+        most: int,
+        population: float = math.inf,
+    ) -> None:
         self._first, self._draw, self._most = first, draw, most
+        self.population = max(population, len(first))
 
     def __len__(self) -> int:
         """The largest number of batches that there can be."""
@@ -52,6 +66,7 @@ class DrawnBatches:
         while drawn < self._most - len(self._first):
             found = self._draw(drawn)
             if not found:
+                self.population = min(self.population, len(self._first) + drawn)  # that was all of them
                 return
             drawn += len(found)
             yield from found
@@ -71,7 +86,9 @@ class FreshBatches:
 
     def __init__(self, batches: Iterable[Any], ranks: Ranks | None = None) -> None:
         most = len(batches) if isinstance(batches, Sized) else FIRST_LOOK * 2 ** (NUM_LOOKS - 1)
+        self._batches = batches
         self._source = islice(iter(batches), most)
+        self._total = 0  # in the looks
         self._ranks = ranks or Ranks()
         self._drawn: list[Any] = []  # ahead of the looks
         self.num_looks = 1
@@ -97,10 +114,17 @@ class FreshBatches:
                     raise ValueError("There is no fresh batch; pass confirm_batches=None to do without.")
                 return
             total += len(batches)
+            self._total = max(self._total, total)
             yield batches
             if len(batches) < size:
                 return
             size = total
+
+    @property
+    def unseen(self) -> float:
+        """What share of the batches of an epoch no look has shown yet; 1 if an epoch has no known end."""
+        population = getattr(self._batches, "population", math.inf)
+        return max(0.0, 1.0 - self._total / population)
 
 
 def passing(
@@ -142,17 +166,18 @@ class GainTest:
     Args:
         select: What the strategy chooses among candidates.
         level: See :func:`passing`; ``None`` lets every candidate pass and wants every batch.
-        num_looks: How often :meth:`settled` may be asked at most.
+        fresh: The batches that the gains are measured on, look by look.
     """
 
     def __init__(
         self,
         select: Callable[[Sequence[Candidate]], list[Candidate]],
         level: float | None,
-        num_looks: int = 1,
+        fresh: FreshBatches | None = None,
     ) -> None:
         self._select = select
-        self._level = None if level is None else level / num_looks
+        self._fresh = fresh
+        self._level = None if level is None else level / (1 if fresh is None else fresh.num_looks)
 
     def passed(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> list[bool]:
         """Of each candidate, whether its gain is significant; all pass that were not measured again."""
@@ -160,6 +185,7 @@ class GainTest:
             return [True] * len(candidates)
         gains = np.array([c.gain for c in candidates], dtype=np.float64)
         errors = np.array([c.standard_error for c in candidates], dtype=np.float64)
+        errors *= 1.0 if self._fresh is None else math.sqrt(self._fresh.unseen)
         return list(map(bool, passing(gains, errors, num_batches, self._level, alternatives)))
 
     def choose(self, candidates: Sequence[Candidate], passed: Sequence[bool]) -> list[Candidate]:

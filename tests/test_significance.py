@@ -53,6 +53,33 @@ def test_few_of_those_that_pass_are_false(share: float) -> None:
     assert passed / (repeats * true.sum()) > 0.6
 
 
+def test_what_an_epoch_has_left_unseen_bounds_the_error() -> None:
+    """In an epoch that ends few that pass do so in vain, more pass, and all seen is all known."""
+    rng = np.random.default_rng(1)
+    epoch, false, passed, endless = 40, 0.0, 0, 0
+    for _ in range(200):
+        samples = rng.standard_normal((epoch, 100)) + 0.5
+        samples -= samples.mean(0) * (np.arange(100) % 2)  # half of them have no gain over this very epoch
+        fresh = FreshBatches(DrawnBatches(list(samples[:32]), lambda skip: [], 32, epoch))
+        assert len(list(fresh.looks())) == 2
+        assert fresh.unseen == pytest.approx(8 / 40)
+        seen = samples[:32]
+        offered = [
+            Candidate("a", i, gain=float(m), standard_error=float(e))
+            for i, (m, e) in enumerate(zip(seen.mean(0), seen.std(0, ddof=1) / 32**0.5, strict=True))
+        ]
+        found = np.array(GainTest(list, 0.1, fresh).passed(offered, 32))
+        false += found[1::2].sum() / max(1, found.sum())
+        passed += int(found[::2].sum())
+        endless += int(np.array(GainTest(list, 0.05).passed(offered, 32))[::2].sum())
+    assert false / 200 <= 0.05
+    assert passed > 1.2 * endless
+    known = FreshBatches(DrawnBatches(list(range(16)), lambda skip: [], 20, 20))
+    assert [len(look) for look in known.looks()] == [16]
+    assert known.unseen == 0.0  # it turned out that there were no more
+    assert GainTest(list, 0.01, known).passed(_candidates([1e-6, -1e-6]), 16) == [True, False]
+
+
 def test_an_error_of_zero_leaves_no_doubt() -> None:
     """Equal batches: positive gains pass, zero and negative ones do not."""
     found = passing(np.array([1e-3, 0.0, -1e-3]), np.zeros(3), 8, 0.01)
