@@ -4,7 +4,16 @@ import lightning_split.composites  # noqa: F401  (registers the rules of recurre
 from lightning_split.callback import SplittingCallback
 from lightning_split.checkpoint import enable_growth, fit_to_state_dict, load_grown
 from lightning_split.eigen import Exact, Lanczos, RayleighDescent
-from lightning_split.growers import SteepestSplitting
+from lightning_split.growers import (
+    Folding,
+    GradMax,
+    Grower,
+    Mixed,
+    Net2Net,
+    NewNeurons,
+    RandomSplit,
+    SteepestSplitting,
+)
 from lightning_split.growth import grow
 from lightning_split.layers import LayerRule, register_layer_rule
 from lightning_split.report import GrowthReport
@@ -20,12 +29,19 @@ __all__ = [
     "Absolute",
     "Every",
     "Exact",
+    "Folding",
+    "GradMax",
+    "Grower",
     "GrowthReport",
     "KnapsackEnergy",
     "Lanczos",
     "LayerRule",
     "LineSearch",
+    "Mixed",
+    "Net2Net",
+    "NewNeurons",
     "Plateau",
+    "RandomSplit",
     "RayleighDescent",
     "Relative",
     "SelectionStrategy",

@@ -366,12 +366,17 @@ class SplittingCallback(Callback):
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport) -> None:
         number = len(self.history) + 1
         self.barred.update(report.barred)
-        offspring: dict[str, dict[int, int]] = {}
+        offspring: dict[str, dict[int, tuple[float, ...]]] = {}
         for split in report.splits:
-            offspring.setdefault(split.group, {})[split.neuron] = len(split.weights)
-        for group, counts in offspring.items():
-            width = report.widths_before[group]
-            self.lineage.record(group, counts, growth=number, width=width)
+            offspring.setdefault(split.group, {})[split.neuron] = split.weights
+        for group, weights in offspring.items():
+            self.lineage.record(
+                group,
+                {neuron: len(w) for neuron, w in weights.items()},
+                growth=number,
+                width=report.widths_before[group],
+                new={neuron: [i for i, v in enumerate(w) if v == 0] for neuron, w in weights.items()},
+            )
         self.history.append(
             {
                 "growth": number,

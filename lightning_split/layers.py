@@ -82,6 +82,7 @@ class LayerRule(ABC):
     role: ClassVar[Literal["mixer", "channelwise"]]
     keeps_shape: ClassVar[bool] = False  # whether the output always has the shape of the input
     trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
+    normalises: ClassVar[bool] = False  # whether a neuron's scale makes no difference behind the layer
     rigid: ClassVar[frozenset[Port]] = frozenset()  # ports whose neurons are always as many
 
     @abstractmethod
@@ -303,6 +304,12 @@ def keeps_batch_statistics(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm)
 
 
+def normalises(layer: nn.Module) -> bool:
+    """Whether a neuron's scale makes no difference behind the layer."""
+    rule = rule_for(layer)
+    return rule is not None and rule.normalises
+
+
 class _Refused(LayerRule):
     """Stands in for a rule on a layer that cannot be grown, and says why."""
 
@@ -335,6 +342,7 @@ class _Followed(LayerRule):
     def __init__(self, rule: LayerRule) -> None:
         self._rule = rule
         vars(self)["role"] = rule.role
+        vars(self)["normalises"] = rule.normalises
         for name in (
             *("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"),
             *("fresh", "statistics"),
@@ -502,6 +510,7 @@ class _DepthwiseConv(_Channelwise):
 
 class _BatchNormRule(_Channelwise):
     keeps_shape = True
+    normalises = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         names = ("weight", "bias", "running_mean", "running_var")
@@ -524,6 +533,7 @@ class _GroupNormRule(_Channelwise):
     """Mean and variance over each group of channels: a neuron is a whole group, and groups become more."""
 
     keeps_shape = True
+    normalises = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 __all__ = ["Lineage"]
@@ -12,13 +12,13 @@ class Lineage:
     """The family tree of all neurons of a run, group by group.
 
     Every neuron has an id that is unique in its group: seed neurons are 0, 1, 2 …, offspring (the
-    first one too) get the next free ids. The order of the current neurons is that of the network:
-    offspring stand next to each other where their parent stood.
+    first one too) and new neurons get the next free ids. The order of the current neurons is that of the
+    network: offspring stand next to each other where their parent stood.
     """
 
     def __init__(self) -> None:
         self._current: dict[str, list[int]] = {}  # group -> ids of its neurons in order
-        self._parent: dict[str, list[int]] = {}  # group -> parent of every id, -1 for seed neurons
+        self._parent: dict[str, list[int]] = {}  # group -> parent of every id, -1 for seed and new neurons
         self._born: dict[str, list[int]] = {}  # group -> growth in which every id was born, 0 for the seed
 
     @classmethod
@@ -29,7 +29,15 @@ class Lineage:
             lineage._add_group(group, width)
         return lineage
 
-    def record(self, group: str, offspring: Mapping[int, int], *, growth: int, width: int = 0) -> None:
+    def record(
+        self,
+        group: str,
+        offspring: Mapping[int, int],
+        *,
+        growth: int,
+        width: int = 0,
+        new: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
         """Note a growth of one group.
 
         Args:
@@ -37,6 +45,8 @@ class Lineage:
             offspring: Neuron (index before the growth) -> number of its offspring.
             growth: Number of the growth, from 1.
             width: Width before the growth, needed for a new group only.
+            new: Neuron -> which of its offspring are new neurons, which have no ancestors. If all but one
+                are, the neuron itself lives on.
 
         Raises:
             ValueError: If a neuron is out of range or gets fewer than two offspring.
@@ -50,16 +60,17 @@ class Lineage:
                 )
         if group not in self._current:
             self._add_group(group, width)
-        new: list[int] = []
+        current: list[int] = []
         for neuron, identity in enumerate(old):
-            count = offspring.get(neuron, 0)
-            if not count:
-                new.append(identity)
-            for _ in range(count):
-                new.append(len(self._parent[group]))
-                self._parent[group].append(identity)
+            count, fresh = offspring.get(neuron, 1), (new or {}).get(neuron, ())
+            for ordinal in range(count):
+                if ordinal not in fresh and count - len(fresh) == 1:
+                    current.append(identity)
+                    continue
+                current.append(len(self._parent[group]))
+                self._parent[group].append(-1 if ordinal in fresh else identity)
                 self._born[group].append(int(growth))
-        self._current[group] = new
+        self._current[group] = current
 
     @property
     def widths(self) -> dict[str, int]:
@@ -67,7 +78,7 @@ class Lineage:
         return {group: len(ids) for group, ids in self._current.items()}
 
     def ancestor(self, group: str, neuron: int) -> int:
-        """The seed neuron that a neuron descends from."""
+        """The seed neuron, or the new one, that a neuron descends from."""
         identity = self._identity(group, neuron)
         while self._parent[group][identity] >= 0:
             identity = self._parent[group][identity]

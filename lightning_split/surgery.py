@@ -190,6 +190,11 @@ class Surgery:
         keys = [(b.module, b.tensor) for g in self._of_group for b in blocks_of(self._arch.group(g), part)]
         return {key: self._widened[key].new for key in dict.fromkeys(keys) if key in self._widened}
 
+    def entries(self, path: str, name: str, ordinal: int) -> Tensor:
+        """Entries of one offspring of every split, along the one neuron axis of a channelwise tensor."""
+        (growth,) = self._widened[path, name].axes.values()
+        return ((growth.split >= 0) & (growth.ordinal == ordinal)).nonzero().flatten()
+
     def gather(
         self, part: Part, ordinal: int, tensors: Mapping[tuple[str, str], Tensor]
     ) -> dict[str, Tensor]:
@@ -198,14 +203,14 @@ class Surgery:
         Returns:
             ``{group: (splits, length of the part)}``, the splits of each group in their order.
         """
-        found: dict[str, list[Tensor]] = {name: [] for name in self._of_group}
+        found: dict[str, list[Tensor]] = {n: [torch.zeros(len(m), 0)] for n, m in self._of_group.items()}
         for name, block, place in self._places(part, ordinal):
             rows = tensors[block.module, block.tensor]
             for axis, where in place.others.items():
                 rows = rows.index_select(axis, where.to(rows.device))
             entries = place.entries.to(rows.device)
             found[name].append(rows.movedim(block.axis, 0)[entries].reshape(place.num_splits, block.size))
-        return {name: torch.cat(parts, dim=1) for name, parts in found.items() if parts}
+        return {name: torch.cat([p.to(parts[-1]) for p in parts], dim=1) for name, parts in found.items()}
 
     def scatter(
         self, part: Part, ordinal: int, vectors: Mapping[str, Tensor]

@@ -1,13 +1,26 @@
 """Growers: how new neurons are proposed."""
 
-from lightning_split.growers.base import Grower, NotApplicableError, Proposal
+from lightning_split.growers.base import Draft, Grower, NotApplicableError, PredictingGrower, Proposal
+from lightning_split.growers.baselines import Net2Net, RandomSplit
+from lightning_split.growers.folding import Folding
+from lightning_split.growers.gradmax import GradMax
+from lightning_split.growers.mixed import Mixed
+from lightning_split.growers.newneurons import NewNeurons
 from lightning_split.growers.schemes import Scheme, schemes
 from lightning_split.growers.steepest import SteepestSplitting, rayleigh_quotients
 
 __all__ = [
+    "Draft",
+    "Folding",
+    "GradMax",
     "Grower",
+    "Mixed",
+    "Net2Net",
+    "NewNeurons",
     "NotApplicableError",
+    "PredictingGrower",
     "Proposal",
+    "RandomSplit",
     "Scheme",
     "SteepestSplitting",
     "rayleigh_quotients",

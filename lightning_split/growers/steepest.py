@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +12,18 @@ from torch import Tensor
 from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
 from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
-from lightning_split.growers.base import Grower, Proposal
+from lightning_split.growers.base import Draft, PredictingGrower
 from lightning_split.growers.schemes import Scheme, schemes
 from lightning_split.ranks import Ranks
 from lightning_split.selection import Candidate
 from lightning_split.splits import weights_of
-from lightning_split.stepsize import StepSize, as_step_size
+from lightning_split.stepsize import StepSize
 
 __all__ = ["SteepestSplitting", "rayleigh_quotients"]
 
 
 @dataclass(frozen=True)
-class SteepestSplitting(Grower):
+class SteepestSplitting(PredictingGrower):
     """Split each neuron along its splitting gradient: the steepest descent of the loss by splitting.
 
     ``signed=False`` is S2D: two offspring of weight ½ along the eigenvector of the smallest eigenvalue of the
@@ -50,12 +51,12 @@ class SteepestSplitting(Grower):
         if not 1 <= self.c < float("inf"):
             raise ValueError(f"c bounds the sum of absolute offspring weights: at least 1, got {self.c}.")
 
-    def propose(self, context: GrowthContext, *, step_size: float | str | StepSize) -> Proposal:
-        """One candidate per neuron, or per neuron and scheme; see :meth:`Grower.propose`.
+    def draft(self, context: GrowthContext, step: StepSize) -> Draft:
+        """One candidate per neuron, or per neuron and scheme; see :meth:`PredictingGrower.draft`.
 
         Cost: the solver's products on the estimation batches and two on each fresh one that is drawn.
         """
-        ranks, step = context.ranks, as_step_size(step_size)
+        ranks = context.ranks
         operator = context.operator(context.batches)
         double = operator.dtype == torch.float64
         pairs = self.solver.solve(
@@ -67,44 +68,49 @@ class SteepestSplitting(Grower):
             dense=lambda name: ranks.mean_of({name: operator.dense(name)})[name],
         )
         operator.release()
-        offered = schemes(self.max_offspring, self.c, signed=self.signed)
-        if context.fresh is None:
-            return Proposal(*_offers(context, pairs, None, offered, step))
-        alternatives = 1 if context.all_schemes else len(offered)
-        quotients: dict[str, Tensor] = {}
-        count = 0
-        for look in context.fresh.looks():
-            found = rayleigh_quotients(context.operator(look), pairs, ranks)
-            quotients = {n: torch.cat([quotients[n], q]) if count else q for n, q in found.items()}
-            count = len(next(iter(quotients.values())))
-            candidates, _, estimated = _offers(context, pairs, quotients, offered, step)
-            if context.settled(candidates, count, alternatives):
-                break
-        pairs = {n: replace(p, values=quotients[n].mean(0).to(p.values)) for n, p in pairs.items()}
-        return Proposal(candidates, pairs, estimated, count, alternatives)
+        lengths = {
+            group.name: step.lengths(weights_of(context.model, group, "incoming"))
+            for group in context.arch.groups
+        }
+        return _Splits(context, pairs, schemes(self.max_offspring, self.c, signed=self.signed), lengths)
 
 
-def _offers(
-    context: GrowthContext,
-    pairs: Mapping[str, Eigenpairs],
-    quotients: Mapping[str, Tensor] | None,
-    offered: list[Scheme],
-    step: StepSize,
-) -> tuple[tuple[Candidate, ...], Mapping[str, Eigenpairs], dict[tuple[str, int, str], float]]:
-    """Candidates of all groups, the eigenpairs behind them, and the gains before the confirmation."""
-    candidates: list[Candidate] = []
-    estimated: dict[tuple[str, int, str], float] = {}
-    for group in context.arch.groups:
-        if group.name not in pairs:
-            continue
-        found = pairs[group.name]
-        samples = found.values[None] if quotients is None else quotients[group.name]
-        lengths = step.lengths(weights_of(context.model, group, "incoming"))
-        offers = _candidates(group.name, found, samples, offered, lengths, every=context.all_schemes)
-        for candidate, before in offers:
-            candidates.append(candidate)
-            estimated[candidate.group, candidate.neuron, candidate.scheme] = before
-    return tuple(candidates), pairs, estimated
+class _Splits(Draft):
+    """Eigenpairs, and what can be done with them."""
+
+    def __init__(
+        self,
+        context: GrowthContext,
+        pairs: Mapping[str, Eigenpairs],
+        schemes: list[Scheme],
+        lengths: Mapping[str, Tensor],
+    ) -> None:
+        self.eigenpairs = self._estimated = pairs
+        self.alternatives = 1 if context.all_schemes else len(schemes)
+        self._context, self._schemes, self._lengths = context, schemes, lengths
+
+    def measure(self, batches: Sequence[Any]) -> dict[str, Tensor]:
+        return rayleigh_quotients(self._context.operator(batches), self._estimated, self._context.ranks)
+
+    def offers(self, samples: Mapping[str, Tensor] | None) -> list[tuple[Candidate, float]]:
+        pairs = self._estimated
+        if samples is not None:
+            self.eigenpairs = {
+                n: replace(p, values=samples[n].mean(0).to(p.values)) for n, p in pairs.items()
+            }
+        return [
+            offer
+            for group in self._context.arch.groups
+            if (found := pairs.get(group.name)) is not None
+            for offer in _candidates(
+                group.name,
+                found,
+                found.values[None] if samples is None else samples[group.name],
+                self._schemes,
+                self._lengths[group.name],
+                every=self._context.all_schemes,
+            )
+        ]
 
 
 def _candidates(
