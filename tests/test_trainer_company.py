@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,135 +40,10 @@ from modules import (
     widths,
 )
 
-ROOT = Path(__file__).parents[1]
-
-
-def _optimizer_state(t: pl.Trainer, module: nn.Module) -> dict[str, Any]:
-    """Every optimizer's state by parameter name."""
-    names = {p: n for n, p in module.named_parameters()}
-    return {
-        f"{i}.{names[p]}": dict(state) for i, o in enumerate(t.optimizers) for p, state in o.state.items()
-    }
-
 
 def _assert_all_trained(t: pl.Trainer, module: nn.Module) -> None:
     held = {id(p) for o in t.optimizers for group in o.param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
-
-
-# two processes ------------------------------------------------------------------------------------
-
-
-class Distributed(Classifier):
-    """Logs a metric that stalls on rank 0 alone; may have a head that the loss never uses."""
-
-    def __init__(self, unused: bool) -> None:
-        super().__init__()
-        self.unused = nn.Linear(3, 3) if unused else None
-
-    def on_train_epoch_end(self) -> None:
-        self.log("plan", float(-self.current_epoch * self.global_rank), sync_dist=False)
-
-
-def _script(folder: Path, accumulate: int, unused: bool, resume: bool) -> None:
-    """What each of the two processes runs; process 0 saves the states of both."""
-    torch.set_num_threads(1)
-
-    def run(name: str, ckpt_path: str | None = None) -> list[Any]:
-        pl.seed_everything(0)  # Lightning shuffles the shards by it
-        # Weights and random state start apart on the ranks: only DDP and the callback align them.
-        torch.manual_seed(int(os.environ.get("LOCAL_RANK", "0")) + (0 if ckpt_path is None else 99))
-        module = Distributed(unused)
-        callback = two_splits(trigger=Plateau("plan", patience=1, min_delta=0.5))
-        save = ModelCheckpoint(folder / name, save_top_k=-1, filename="{epoch}")
-        t = trainer(
-            folder,
-            callback,
-            *([save] if resume else []),
-            devices=2,
-            strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=unused),
-            accumulate_grad_batches=accumulate,
-            enable_checkpointing=resume,
-            max_epochs=5,
-        )
-        t.fit(module, loader(96), ckpt_path=ckpt_path)
-        mine = {
-            "widths": widths(module),
-            "history": callback.history,
-            "parameters": {n: p.detach() for n, p in module.named_parameters()},
-            "buffers": dict(module.named_buffers()),
-            "optimizer": _optimizer_state(t, module),
-        }
-        both: list[Any] = [None, None]
-        torch.distributed.all_gather_object(both, mine)
-        return both
-
-    states = {"whole": run("whole")}
-    if resume:
-        for epoch in (1, 3):  # right before the growths
-            states[f"from {epoch}"] = run(f"from{epoch}", str(folder / "whole" / f"epoch={epoch}.ckpt"))
-    if torch.distributed.get_rank() == 0:
-        torch.save(states, folder / "states.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def _in_two_processes(folder: Path, **options: Any) -> dict[str, list[dict[str, Any]]]:
-    given = {"accumulate": 1, "unused": False, "resume": False} | options
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "PL_", "LOCAL_RANK"))}
-    result = subprocess.run(
-        [sys.executable, __file__, json.dumps({"folder": str(folder)} | given)],
-        env=inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return torch.load(folder / "states.pt")
-
-
-def _assert_ranks_agree(ranks: list[dict[str, Any]]) -> None:
-    first, second = ranks
-    for part in ("widths", "history", "parameters", "optimizer"):
-        assert_same(first[part], second[part], part)
-    assert [e["epoch"] for e in first["history"]] == [2, 4]
-    assert sum(first["widths"]) == 3 + 8 + 2 * 2
-    for name, state in first["optimizer"].items():
-        shape = first["parameters"][name.partition(".")[2]].shape
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == shape
-
-
-def test_two_processes_stay_together_through_growths(tmp_path: Path) -> None:
-    """DDP: after two growths weights, moments and history are bit-equal on both ranks.
-
-    The monitored metric differs between the ranks; both grow when rank 0's says so.
-    """
-    ranks = _in_two_processes(tmp_path)["whole"]
-    _assert_ranks_agree(ranks)
-    # each rank saw its own half of the data: equal states are the collectives' doing
-    assert not torch.equal(
-        ranks[0]["buffers"]["net.1.running_mean"], ranks[1]["buffers"]["net.1.running_mean"]
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_accumulate_and_leave_parameters_unused(tmp_path: Path) -> None:
-    """The same with accumulated gradients and find_unused_parameters, under which ranks drift silently."""
-    _assert_ranks_agree(_in_two_processes(tmp_path, accumulate=2, unused=True)["whole"])
-
-
-@pytest.mark.slow
-def test_resuming_two_processes_equals_the_uninterrupted_run(tmp_path: Path) -> None:
-    """From every epoch's checkpoint: the same growths and bit-identical weights and moments."""
-    states = _in_two_processes(tmp_path, resume=True)
-    whole = states.pop("whole")
-    _assert_ranks_agree(whole)
-    assert len(states) == 2
-    for name, ranks in states.items():
-        _assert_ranks_agree(ranks)
-        for part in ("history", "parameters", "optimizer"):
-            assert_same(ranks[0][part], whole[0][part], f"{name}: {part}")
 
 
 # other callbacks ----------------------------------------------------------------------------------
@@ -676,10 +547,3 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
     assert isinstance(callback.grower, SteepestSplitting)
     assert [e["num_splits"] for e in callback.history] == [3, 3]
     assert cli.model.layer[0].out_features == 10
-
-
-# __main__ -----------------------------------------------------------------------------------------
-
-if __name__ == "__main__":
-    options = json.loads(sys.argv[1])
-    _script(Path(options.pop("folder")), **options)
