@@ -60,6 +60,17 @@ class Memory:
         self.peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+class Clock:
+    """Seconds that the block takes, by the wall and of this process on all cores."""
+
+    def __enter__(self) -> Clock:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+
 def measure(name: str) -> dict[str, Any]:
     """Trace one model in this process."""
     import torch
@@ -73,14 +84,10 @@ def measure(name: str) -> dict[str, Any]:
     with Memory() as base:
         pass
     model = build(name)
-    with Memory() as forward:
-        start = time.perf_counter()
+    with Memory() as forward, Clock() as once:
         model(x)
-        seconds = time.perf_counter() - start
-    with Memory() as tracing:
-        start = time.perf_counter()
+    with Memory() as tracing, Clock() as traced:
         arch = trace(model, x)
-        traced = time.perf_counter() - start
     found, hidden = share(arch)
     reasons: Counter[str] = Counter()
     for neurons in arch.unsplittable:
@@ -91,8 +98,9 @@ def measure(name: str) -> dict[str, Any]:
         "neurons": sum(group.width for group in arch.groups),
         "channels": found,
         "hidden": hidden,
-        "forward_s": seconds,
-        "trace_s": traced,
+        "forward_s": once.wall,
+        "trace_s": traced.wall,
+        "trace_cpu_s": traced.cpu,
         "memory": (tracing.peak - base.peak) / (forward.peak - base.peak),
         "reasons": reasons,
         "note": arch.note,
@@ -218,7 +226,7 @@ def main() -> None:
             f"{row['name']:24} {row['groups']:4} groups {row['neurons']:6} neurons "
             f"{row['channels'] / row['hidden']:6.1%} of {row['hidden']:6} channels   "
             f"deviation {row['deviation']:.0e}  forward {row['forward_s']:5.2f} s  "
-            f"trace {row['trace_s']:6.2f} s  memory x {row['memory']:.2f}",
+            f"trace {row['trace_s']:5.2f} s (CPU {row['trace_cpu_s']:5.2f} s)  memory x {row['memory']:.2f}",
             flush=True,
         )
     if args.write:

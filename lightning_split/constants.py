@@ -79,6 +79,12 @@ class Constants:
             return None
         return [t for ref in (memory.owner, *memory.views) if (t := ref()) is not None]
 
+    def forget(self, tensor: Tensor) -> None:
+        """Nothing is known of these values: a layer made them."""
+        key = _key(tensor)
+        if key is not None:
+            self._memories.pop(key, None)
+
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         """Take note of what an operator made or changed."""
         inputs = [t for t in tree_leaves((list(args), kwargs)) if isinstance(t, Tensor)]

@@ -247,13 +247,16 @@ class LabelMode(TorchDispatchMode):
     def merge(self, labels: Tensor, dim: int, why: str) -> Tensor:
         """Tie what lies side by side along a dimension; the result no longer depends on it."""
         first = labels.narrow(dim, 0, 1)
-        rows = self.table.runs(labels.movedim(dim, 0).reshape(labels.shape[dim], -1))
-        if bool((rows >= 0).all()) and bool((rows.sort().values.diff() > 0).all()):  # nothing can go wrong
+        core = labels
+        for d, varies in enumerate(self.varying(labels)):
+            core = core if varies or d == dim else core.narrow(d, 0, 1)
+        rows = self.table.runs(core.movedim(dim, 0).reshape(labels.shape[dim], -1))
+        if bool((rows >= 0).all()) and bool((rows.sort().values.diff() > 0).all()):  # one to one
             rest = rows[1:]
             self.table.tie(rows[:1].expand(rest.shape).flatten().numpy(), rest.flatten().numpy())
-            return first.expand(labels.shape)
-        for i in range(1, labels.shape[dim]):
-            self.unify(first, labels.narrow(dim, i, 1), why)
+        else:
+            for i in range(1, labels.shape[dim]):
+                self.unify(first, labels.narrow(dim, i, 1), why)
         return first.expand(labels.shape)
 
     def _tie_pairs(self, pairs: Ids, why: str) -> None:

@@ -10,7 +10,7 @@ it cannot.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, overload
 
 import torch
@@ -80,7 +80,6 @@ class LayerRule(ABC):
     """
 
     role: ClassVar[Literal["mixer", "channelwise"]]
-    keeps_shape: ClassVar[bool] = False  # whether the output always has the shape of the input
     trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
     normalises: ClassVar[bool] = False  # whether a neuron's scale makes no difference behind the layer
     rigid: ClassVar[frozenset[Port]] = frozenset()  # ports whose neurons are always as many
@@ -146,6 +145,13 @@ class LayerRule(ABC):
     def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
         """Axis of the layer's input and output along which neurons lie (negative counts from the end)."""
         return 1
+
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        """The output's shape for an input of this shape; ``None`` if that is for the layer to tell.
+
+        Tracing asks this instead of running the layer on a tensor without values, which takes torch longer.
+        """
+        return None
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Why this very layer cannot take part in growth, or ``None`` if it can."""
@@ -430,6 +436,11 @@ class _Linear(_Mixer):
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
 
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        assert isinstance(layer, nn.Linear)
+        made, read = layer.weight.shape
+        return [*shape[:-1], made] if shape and shape[-1] == read else None
+
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         assert isinstance(layer, nn.Linear)
         layer.in_features, layer.out_features = sizes["in"], sizes["out"]
@@ -450,6 +461,27 @@ class _Conv(_Mixer):
         assert isinstance(layer, _ConvNd)
         return -1 - len(layer.kernel_size)
 
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return _convolved(layer, shape)
+
+
+def _convolved(layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+    """The shape that a convolution, not a transposed one, gives to a batch padded with zeros."""
+    assert isinstance(layer, _ConvNd)
+    kernel = tuple(layer.weight.shape[2:])
+    settings: list[Any] = [layer.stride, layer.padding, layer.dilation]
+    plain = layer.padding_mode == "zeros" and all(
+        isinstance(v, tuple) and len(v) == len(kernel) for v in settings
+    )
+    if not plain or len(shape) != 2 + len(kernel) or shape[1] != layer.weight.shape[1] * layer.groups:
+        return None
+    strides, paddings, dilations = settings
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(shape[2:], kernel, strides, paddings, dilations, strict=True)
+    ]
+    return [shape[0], len(layer.weight), *sizes] if min(sizes) > 0 else None
+
 
 class _GroupedConv(_Conv):
     """Groups must stay equal: a neuron is one channel of every group, on both sides."""
@@ -468,6 +500,9 @@ class _GroupedConv(_Conv):
 
 
 class _ConvTranspose(_Conv):
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return None
+
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
 
@@ -476,6 +511,9 @@ class _ConvTranspose(_Conv):
 
 
 class _GroupedConvTranspose(_GroupedConv):
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return None
+
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         groups = self.tiles(layer)
         return {"weight": {0: ("in",) * groups, 1: "out"}, "bias": {0: ("out",) * groups}}
@@ -507,10 +545,15 @@ class _DepthwiseConv(_Channelwise):
         assert isinstance(layer, _ConvNd)
         return -1 - len(layer.kernel_size)
 
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return None if isinstance(layer, _ConvTransposeNd) else _convolved(layer, shape)
+
 
 class _BatchNormRule(_Channelwise):
-    keeps_shape = True
     normalises = True
+
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return shape
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         names = ("weight", "bias", "running_mean", "running_var")
@@ -532,8 +575,10 @@ class _BatchNormRule(_Channelwise):
 class _GroupNormRule(_Channelwise):
     """Mean and variance over each group of channels: a neuron is a whole group, and groups become more."""
 
-    keeps_shape = True
     normalises = True
+
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return shape
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "through"}, "bias": {0: "through"}}
@@ -571,7 +616,8 @@ class _InstanceNormRule(_BatchNormRule):
 
 
 class _PReLU(_Channelwise):
-    keeps_shape = True
+    def output_shape(self, layer: nn.Module, shape: Sequence[int]) -> Sequence[int] | None:
+        return shape
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         assert isinstance(layer, nn.PReLU)

@@ -79,8 +79,7 @@ class _Marks:
     def __init__(
         self, sealed: list[int], watcher: Watcher, path: str, layer: nn.Module, rule: LayerRule
     ) -> None:
-        self._sealed, self._watcher, self._path, self._layer = sealed, watcher, path, layer
-        self._shape_suffices = rule.keeps_shape
+        self._sealed, self._watcher, self._path, self._layer, self._rule = sealed, watcher, path, layer, rule
 
     def read(self, port: Port, x: Tensor, axis: int) -> Tensor:
         return self._watcher.read(self._path, port, x, axis)
@@ -89,11 +88,13 @@ class _Marks:
         return self._watcher.made(self._path, port, x, axis)
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
-        if self._shape_suffices:
-            x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            if shape_only(x):  # much faster than what the operator does to find the shape
-                return torch.empty_like(x)
-        return self.sealed(lambda: type(self._layer).forward(self._layer, *args, **kwargs))
+        layer = self._layer
+        x = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if x is not None and shape_only(x) and _of_one_kind(x, layer):
+            shape = self._rule.output_shape(layer, x.shape)
+            if shape is not None:  # much faster than what the operator does to find the shape
+                return x.new_empty(shape)
+        return self.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
 
     def sealed(self, call: Callable[[], Any]) -> Any:
         self._sealed[0] += 1
@@ -101,3 +102,11 @@ class _Marks:
             return self._watcher.sealed(call)
         finally:
             self._sealed[0] -= 1
+
+
+def _of_one_kind(x: Tensor, layer: nn.Module) -> bool:
+    """Whether the layer's result has the input's dtype and device, and not an error to raise."""
+    weights = (p for p in layer._parameters.values() if p is not None)
+    return not torch.is_autocast_enabled(x.device.type) and all(
+        p.dtype == x.dtype and p.device == x.device for p in weights
+    )

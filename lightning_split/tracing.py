@@ -184,6 +184,7 @@ class _Tracer(Watcher):
         self._outputs_count = outputs_count  # whether the output is what the model is for, or a loss
         self._stack: list[str] = []
         self._passing: dict[str, Tensor | None] = {}
+        self._passed: set[str] = set()  # channelwise layers that were called, if only without neurons
         self._blank: dict[PortKey, int] = {}  # ports that have read nothing but constants so far
         self._mode: LabelMode
 
@@ -315,6 +316,7 @@ class _Tracer(Watcher):
     def made(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Give labels to what a layer computed."""
         with BookKeeping():
+            self._mode.constants.forget(x)
             self._label(path, port, x, axis)
         return x
 
@@ -345,6 +347,7 @@ class _Tracer(Watcher):
         mode, rule, layer = self._mode, self.rules[path], self.layers[path]
         labels, size = mode.get(x), rule.port_size(layer, port)
         if labels is None or size is None:
+            self._passed.add(path)
             return labels
         profile = self._profile(f"'{path}'", x, axis)
         if profile is None:
@@ -445,7 +448,9 @@ class _Tracer(Watcher):
 
     def _not_called(self) -> str:
         """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
-        called = {path for path, _ in self.ports.keys() - self._blank.keys()} | self.declined.keys()
+        called = (
+            {path for path, _ in self.ports.keys() - self._blank.keys()} | self.declined.keys() | self._passed
+        )
         with_ports = [p for p in self.rules if p not in called and layer_tensors(self.layers[p])]
         idle = [path for path in with_ports if not any(path.startswith(f"{c}.") for c in called if c)]
         if not idle:

@@ -15,6 +15,8 @@ from lightning_split.layers import Block
 
 __all__ = ["AxisGrowth", "AxisMap", "Offspring", "grown_axis", "grown_port", "widened"]
 
+_PIECE = 2**18  # elements that are copied twice at a time, where several axes grow
+
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
@@ -116,7 +118,7 @@ def _selected(tensor: Tensor, picks: Mapping[int, Tensor]) -> Tensor:
         return tensor.index_select(axis, index)
     shape = [len(picks[d]) if d in picks else size for d, size in enumerate(tensor.shape)]
     new, start = tensor.new_empty(shape), 0
-    for part in index.chunk(16):
+    for part in index.chunk(1 + new.numel() // _PIECE):
         piece = tensor.index_select(axis, part)
         for other, where in rest:
             piece = piece.index_select(other, where)

@@ -343,3 +343,10 @@ def test_an_error_of_the_model_comes_alone() -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         trace(Failing(2, 2), torch.randn(1, 2))
     assert raised.value.__context__ is None
+
+
+def test_a_normalised_input_is_no_layer_that_was_never_called() -> None:
+    """A channelwise layer that meets no neuron has been seen all the same."""
+    arch = trace(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3))
+    assert not arch.note
+    assert arch.widths == {"1": 4}
