@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lightning_split.architecture import Architecture
+from lightning_split.candidates import Candidate
 from lightning_split.curvature import LossFn, SplittingOperator
 from lightning_split.ranks import Ranks
-from lightning_split.selection import Candidate
 from lightning_split.significance import FreshBatches, GainTest
 
 __all__ = ["GrowthContext"]

@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.context import GrowthContext
-from lightning_split.costs import network_cost
+from lightning_split.counting import network_cost
 from lightning_split.curvature import LossFn, check_loss
-from lightning_split.deciding import as_split, chooser, within_limits
+from lightning_split.deciding import Chooser, as_split, network_prices
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
@@ -55,6 +55,7 @@ def grow(
     barred: Mapping[str, str] | None = None,
     max_params: int | None = None,
     max_macs: float | None = None,
+    seed_cost: float | None = None,
     surrogate_beta: float | None = 3.0,
     train_mode: bool = False,
     cache_bytes: int = 2**28,
@@ -85,6 +86,9 @@ def grow(
         barred: Group names that must be left alone, with reasons (from earlier reports).
         max_params: The grown network has at most so many parameters.
         max_macs: The grown network has at most so many MACs per sample.
+        seed_cost: What the network cost before its first growth, in the strategy's unit
+            (``report.spending.before`` of the first growth); a :class:`~lightning_split.budgets.Target`
+            counts from there.
         surrogate_beta: See :class:`~lightning_split.curvature.SplittingOperator`.
         train_mode: Estimate in training mode instead of eval mode.
         cache_bytes: Memory for graphs that are kept between products; more is faster.
@@ -111,15 +115,12 @@ def grow(
     arch = select_groups(whole.without(dict(barred or {})), include, exclude)
     before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
 
-    cost = network_cost(model, whole)
-    test = GainTest(chooser(arch, strategy, cost), significance, fresh)
     context = GrowthContext(
         model,
         arch,
         loss_fn,
         batches,
         fresh,
-        test,
         all_schemes=strategy.all_schemes,
         surrogate_beta=surrogate_beta,
         train_mode=train_mode,
@@ -127,21 +128,27 @@ def grow(
         seed=seed,
         ranks=ranks,
     )
+    prices = network_prices(context, strategy, max_params=max_params, max_macs=max_macs, seed_cost=seed_cost)
+    chooser = Chooser(strategy, prices)
+    test = GainTest(chooser, significance, fresh)
+    context = replace(context, test=test)
     proposal = grower.propose(context, step_size=step)
     passed = test.passed(proposal.candidates, proposal.num_batches, proposal.alternatives)
-    chosen = ranks.agree(test.choose(proposal.candidates, passed))
+    offered = list(zip(proposal.candidates, passed, strict=True))
 
     before = checked_readings(model, arch, check[0], loss_fn, seed)
     broken: dict[str, str] = {}
     while True:
-        surgery, chosen, limit = within_limits(model, whole, chosen, max_params, max_macs)
+        chosen = ranks.agree(test.choose([c for c, _ in offered], [ok for _, ok in offered]))
+        surgery = Surgery(model, [as_split(c) for c in chosen], whole)
         why = ranks.agree(first_break(model, arch, surgery, before, check[0], loss_fn, seed))
         if why is None:
             break
         group = ranks.agree(culprit(model, arch, chosen, before, check[0], loss_fn, seed))
         broken[group] = why
-        chosen = [c for c in chosen if c.group != group]
+        offered = [(c, ok) for c, ok in offered if c.group != group]
 
+    cost, spending = network_cost(model, whole), chooser.spending(offered, chosen)
     notes, ratio, after_loss = list(proposal.notes), 1.0, before_loss
     if chosen:
 
@@ -165,6 +172,7 @@ def grow(
         if ratio == 0:
             surgery.revert()
             chosen, surgery = [], Surgery(model, [], whole)
+            spending = replace(spending, spent=0.0)
             notes.append(f"{step!r} found no step at which the loss falls, so nothing was grown.")
     after_cost = network_cost(model, whole, surgery)
     grown = {c.group: 0 for c in chosen}
@@ -189,7 +197,8 @@ def grow(
         candidates=proposal.candidates,
         eigenpairs=proposal.eigenpairs,
         barred=broken,
-        limit=limit,
+        spending=spending,
+        limit=spending.limit,
         notes=tuple(notes),
         confirmed=fresh is not None,
         num_fresh=proposal.num_batches,

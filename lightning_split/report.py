@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_split.architecture import Architecture, table
-from lightning_split.costs import NetworkCost
+from lightning_split.counting import NetworkCost
+from lightning_split.deciding import Spending
 from lightning_split.eigen import Eigenpairs
 from lightning_split.selection import Candidate
 from lightning_split.surgery import Replacement, Split
@@ -31,6 +32,7 @@ class GrowthReport:
     widths_after: Mapping[str, int]
     cost_before: NetworkCost
     cost_after: NetworkCost
+    spending: Spending = field(default_factory=lambda: Spending("params", 0.0, 0.0))
     candidates: tuple[Candidate, ...] = field(default=(), repr=False)
     eigenpairs: Mapping[str, Eigenpairs] = field(default_factory=dict, repr=False)
     barred: Mapping[str, str] = field(default_factory=dict)  # groups that failed the check, and why
@@ -81,6 +83,8 @@ class GrowthReport:
                 f"On {self.num_fresh} fresh batches {self.num_passed} of {len(self.candidates)} candidates "
                 "have a gain that is more than noise."
             )
+        if spending := str(self.spending):
+            lines += spending.splitlines()
         if not self.splits:
             lines.append("No neuron was split: no candidate was chosen.")
         if self.limit:

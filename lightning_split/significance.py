@@ -25,8 +25,8 @@ import numpy.typing as npt
 import torch
 from scipy.stats import t as student
 
+from lightning_split.candidates import Candidate
 from lightning_split.ranks import Ranks
-from lightning_split.selection import Candidate
 
 __all__ = ["FEWEST", "FIRST_LOOK", "NUM_LOOKS", "DrawnBatches", "FreshBatches", "GainTest", "passing"]
 

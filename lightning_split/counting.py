@@ -1,0 +1,167 @@
+"""Counting a network: its tensors and what its layers write, as functions of the widths of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_split.architecture import Architecture, PortMap
+from lightning_split.context import GrowthContext
+from lightning_split.layers import Port, layer_tensors, port_kind, rule_for
+from lightning_split.measuring import tensors_in, undisturbed
+from lightning_split.pricing import Axis, Product
+from lightning_split.surgery import Surgery
+from lightning_split.verification import batch_size
+
+__all__ = ["LayerCall", "NetworkCost", "layer_calls", "network_cost", "outputs", "port_axis", "weights"]
+
+
+class NetworkCost(NamedTuple):
+    """Size of a whole network."""
+
+    params: int  # trainable and frozen parameters
+    macs: float  # multiply-accumulates per sample in the traced layers
+
+
+def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None = None) -> NetworkCost:
+    """Parameters and MACs of a network, now or as it will be after a prepared surgery.
+
+    MACs are those of the layers that have a rule, at the spatial sizes of the traced batch, per sample;
+    what other operators multiply is not counted.
+    """
+    after: Mapping[Tensor, Tensor] = {}
+    if surgery is not None:
+        after = {old: found.new for old, found in surgery.replaced.items()}
+    params = sum(after.get(p, p).numel() for p in model.parameters())
+    macs = 0.0
+    for path, uses in arch.uses.items():
+        for tensor, axes in layer_tensors(model.get_submodule(path)).values():
+            if axes and tensor.ndim > 1:
+                macs += after.get(tensor, tensor).numel() * uses
+    return NetworkCost(params, macs)
+
+
+class WeightSize(NamedTuple):
+    """A tensor of a layer."""
+
+    path: str
+    tensor: Tensor
+    size: Product  # its number of elements
+
+
+def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
+    """Every tensor of every traced layer that has an axis along neurons, and how it grows."""
+    members = _members(arch)
+    for path in dict.fromkeys([*(path for path, _ in arch.ports), *arch.uses]):
+        for tensor, axes in layer_tensors(model.get_submodule(path)).values():
+            if not axes:
+                continue
+            sizes = []
+            for axis, length in enumerate(tensor.shape):
+                growth: dict[str, float] = {}
+                for block in axes.get(axis, ()):
+                    for g, count in _growth(arch.ports.get((path, block.port)), members).items():
+                        growth[g] = growth.get(g, 0.0) + count * block.multiple
+                sizes.append(Axis(float(length), tuple(growth.items())))
+            yield WeightSize(path, tensor, Product(1.0, tuple(sizes)))
+
+
+def _members(arch: Architecture) -> dict[int, tuple[str, int]]:
+    """Group and width of every neuron that may be split."""
+    return {n: (g.name, g.width) for g in arch.groups for n in g.neurons}
+
+
+def _growth(port: PortMap | None, members: Mapping[int, tuple[str, int]]) -> dict[str, float]:
+    """Entries that one more neuron of each group adds to a port."""
+    found: dict[str, float] = {}
+    if port is None:
+        return found
+    ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
+    for i, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        if i in members:
+            name, width = members[i]
+            found[name] = found.get(name, 0.0) + count / width
+    return {name: round(entries) for name, entries in found.items()}
+
+
+def port_axis(arch: Architecture, path: str, port: Port, size: int) -> Axis:
+    """An axis of ``size`` entries along which the neurons of a port lie, each as often as any other."""
+    neurons = arch.ports[path, port]
+    multiple = size / len(neurons.neuron)
+    growth = {g: count * multiple for g, count in _growth(neurons, _members(arch)).items()}
+    return Axis(float(size), tuple(growth.items()))
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer on a batch."""
+
+    path: str
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def layer_calls(context: GrowthContext) -> list[LayerCall]:
+    """Every call of a traced layer while the first batch goes through the network, in eval mode."""
+    calls: list[LayerCall] = []
+
+    def hook(path: str) -> Any:
+        def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append(LayerCall(path, layer, _detached(args), _detached(kwargs), _detached(output)))
+
+        return note
+
+    handles = []
+    with undisturbed(context.model, train=False, seed=context.seed):
+        try:
+            for path in dict.fromkeys(path for path, _ in context.arch.ports):
+                layer = context.model.get_submodule(path)
+                handles.append(layer.register_forward_hook(hook(path), with_kwargs=True))
+            context.loss_fn(context.model, context.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+    return calls
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(map(_detached, value))
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return value
+
+
+class OutputSize(NamedTuple):
+    """What one call of a layer writes for one sample."""
+
+    size: Product  # number of elements
+    bytes_each: int
+
+
+def outputs(context: GrowthContext) -> Iterator[OutputSize]:
+    """What every call of a traced layer writes for one sample, and how it grows."""
+    samples = batch_size(context.batches[0])
+    for call in layer_calls(context):
+        rule = rule_for(call.layer)
+        tensor = next(iter(tensors_in(call.output)), None)
+        if rule is None or tensor is None or not tensor.numel():
+            continue
+        axis = rule.neuron_axis(call.layer, tensor)
+        length = tensor.shape[axis]
+        ports = [
+            port
+            for path, port in context.arch.ports
+            if path == call.path and port_kind(port) != "in"
+            and length % max(1, len(context.arch.ports[path, port].neuron)) == 0
+        ]  # fmt: skip
+        size = port_axis(context.arch, call.path, ports[0], length) if ports else Axis(float(length))
+        factor = tensor.numel() / length / samples
+        yield OutputSize(Product(factor, (size,)), torch.empty((), dtype=tensor.dtype).element_size())
