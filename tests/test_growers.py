@@ -92,15 +92,14 @@ def _numerical_optimum(matrix: np.ndarray, m: int, c: float, rng: np.random.Gene
 
 
 @pytest.mark.parametrize("c", [1.5, 3.0])
-@pytest.mark.parametrize("m", [2, 4])
-def test_binary_and_quartet_values_are_those_of_a_numerical_optimiser(m: int, c: float) -> None:
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_values_are_those_of_a_numerical_optimiser(m: int, c: float) -> None:
     """No other weights and displacements with as many offspring do better (S3D)."""
     rng = np.random.default_rng(m)
-    for _ in range(2):
-        matrix = rng.normal(size=(3, 3))
-        matrix = matrix + matrix.T
+    for ratio in {2: (1.0,), 3: (0.3, 1.2, 40.0), 4: (0.5,)}[m]:  # of the ends: each triplet wins once
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        matrix = turn @ np.diag([-1.0, rng.uniform(-0.9, 0.2), ratio]) @ turn.T
         low, high = np.linalg.eigvalsh(matrix)[[0, -1]]
-        # the quartet with one sign missing is a triplet, so all schemes with at most m offspring compete
         ours = min(0.0, *(_value(s, low, high) for s in schemes(m, c)))
         assert ours == pytest.approx(_numerical_optimum(matrix, m, c, rng), rel=2e-4)
 

@@ -141,3 +141,16 @@ def test_unknown_neurons_have_no_ancestor(group: str, neuron: int) -> None:
     for question in (lineage.ancestor, lineage.generation):
         with pytest.raises(ValueError, match=f"There is no neuron {neuron} in group '{group}'"):
             question(group, neuron)
+
+
+def test_new_neurons_have_no_ancestors_and_their_neighbour_lives_on() -> None:
+    """(1, 0) keeps the neuron and its id; (½, ½, 0) splits it and adds one; both survive a round trip."""
+    lineage = Lineage.start({"conv1": 3})
+    lineage.record("conv1", {1: 2, 2: 3}, growth=1, new={1: [1], 2: [2]})
+    lineage = Lineage.from_dict(lineage.to_dict())
+    assert lineage.widths == {"conv1": 6}
+    assert [lineage.ancestor("conv1", i) for i in range(6)] == [0, 1, 3, 2, 2, 6]
+    assert [lineage.generation("conv1", i) for i in range(6)] == [0, 0, 0, 1, 1, 0]
+    lineage.record("conv1", {2: 2}, growth=2)
+    assert [lineage.ancestor("conv1", i) for i in (2, 3)] == [3, 3]
+    assert lineage.generation("conv1", 3) == 1

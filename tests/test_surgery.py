@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning_split import split_neurons, trace
 from lightning_split.architecture import Architecture
+from lightning_split.splits import weights_of
 from lightning_split.surgery import Split, Surgery
 from torch import Tensor, nn
 
@@ -198,3 +199,60 @@ def test_a_stale_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="trace the model again after each growth"):
         split_neurons(model, split, arch=arch)
     assert _state(model) == before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outgoing_and_channelwise_weights_of_a_new_neuron_land_where_they_belong(name: str) -> None:
+    """What is added is what gather then finds; the neuron beside, and everybody else, is as before."""
+    torch.set_default_dtype(torch.float64)
+    case = CASES[name]
+    model, x = randomised(case.model()), case.inputs()
+    arch, splits, old, new = trace(model, x), [], {}, {}
+    parts = ("incoming", "through", "outgoing")
+    for group in arch.groups:
+        neuron = group.width // 2
+        for part in parts:
+            old[group.name, part] = weights_of(model, group, part)
+            new[group.name, part] = torch.randn_like(old[group.name, part][0])
+        moved = [new[group.name, part] - old[group.name, part][neuron] for part in parts[:2]]
+        rows = [torch.stack([torch.zeros_like(m), m]) for m in (*moved, new[group.name, "outgoing"])]
+        splits.append(Split(group.name, neuron, (1.0, 0.0), rows[0], rows[1], rows[2]))
+    surgery = Surgery(model, splits, arch)
+    surgery.apply()
+    surgery.displace()
+    for part in parts:
+        found = surgery.gather(part, 1, surgery.grown(part))
+        kept = surgery.gather(part, 0, surgery.grown(part))
+        for group in arch.groups:
+            torch.testing.assert_close(found[group.name][0], new[group.name, part])
+            torch.testing.assert_close(kept[group.name][0], old[group.name, part][group.width // 2])
+        # scatter is the transpose of gather
+        u = {n: torch.randn_like(v) for n, v in found.items()}
+        tensors = {key: torch.randn_like(t) for key, t in surgery.grown(part).items()}
+        scattered, gathered = surgery.scatter(part, 1, u), surgery.gather(part, 1, tensors)
+        left = sum(float((scattered[key] * t).sum()) for key, t in tensors.items())
+        assert left == pytest.approx(sum(float((u[n] * g).sum()) for n, g in gathered.items()), abs=1e-9)
+    for old_tensor, found in surgery.replaced.items():
+        for axis, grew in found.maps.items():
+            assert len(grew.index) == found.new.shape[axis]
+            assert set(grew.scale.tolist()) == {0.0, 1.0}
+            assert int((grew.scale == 1).sum()) == old_tensor.shape[axis]
+
+
+def test_outgoing_weights_are_the_same_for_all_offspring_of_a_reader() -> None:
+    """A new neuron before a split one: each offspring of the reader has the whole new column."""
+    torch.set_default_dtype(torch.float64)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    arch = trace(model, torch.randn(4, 2))
+    weight, delta, u = model[2].weight.detach().clone(), torch.randn(2, 4), torch.tensor([3.0, 5.0])
+    new = Split("0", 1, (1.0, 0.0), torch.zeros(2, 3), None, torch.stack([0 * u, u]))
+    split_neurons(model, [new, Split("2", 1, (0.5, 0.5), delta)], arch=arch)
+    grown = model[2].weight.detach()
+    torch.testing.assert_close(grown[:, 2], torch.tensor([3.0, 5.0, 5.0]))
+    torch.testing.assert_close(grown[1:, [0, 1, 3]], weight[1] + delta[:, :3])
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    bad = Split("0", 1, (1.0, 0.0), torch.zeros(2, 3), None, torch.zeros(2, 3))
+    with pytest.raises(
+        ValueError, match=r"outgoing displacements of shape \(2, 3\); they need shape \(2, 2\)"
+    ):
+        split_neurons(model, [bad], arch=trace(model, torch.randn(4, 2)))

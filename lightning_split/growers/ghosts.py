@@ -76,7 +76,7 @@ class Ghosts:
             return
         for number, batch in enumerate(batches):
             watcher.number = number
-            with self._running(), watched(context.model, watcher), torch.no_grad():
+            with self._running(), watched(context.model, watcher):
                 context.loss_fn(context.model, batch)
         averages = context.ranks.mean_of({f"{p} {n}": t for (p, n), t in watcher.tensors.items()})
         for (path, name), tensor in watcher.tensors.items():
