@@ -9,7 +9,6 @@ Shapes: ``N`` neurons of a group, ``D`` incoming weights of one neuron.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_split.krylov import Columns, KrylovSpace, extreme_pairs, nonzero, norm, random_vectors, unit
 
 Matvec = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 Dense = Callable[[str], Tensor]
@@ -78,21 +79,26 @@ class EigenSolver(ABC):
 class Lanczos(EigenSolver):
     r"""Both ends of the spectrum from one Krylov space, with the residual norms as certificate.
 
-    Runs ``min(num_products, D)`` steps of :math:`S Q = Q H + r e^\top` with full
-    reorthogonalisation (twice), for all neurons of all groups at once; the extreme Ritz pairs of
-    the tridiagonal projection are the answer. The residuals come from :math:`H` and the vectors
-    left out of the basis, at no extra product; they are bounds that hold up to rounding, also if
-    ``matvec`` is not quite symmetric. A small residual certifies that an eigenvalue is near, not
-    that none lies further out: what the random start vector hardly touches may be missed.
+    Runs ``num_products`` steps of :math:`S Q = Q H + r e^\top` with full reorthogonalisation
+    (twice), for all neurons of all groups at once; the extreme Ritz pairs of the projection
+    :math:`H` are the answer. When the basis has ``basis_size`` vectors, the run goes on from the
+    extreme Ritz vectors and the next vector (thick restart). The residuals come from :math:`H` and
+    the vectors left out of the basis, at no extra product; they are bounds that hold up to
+    rounding, also if ``matvec`` is not quite symmetric. A small residual certifies that an
+    eigenvalue is near, not that none lies further out: what the random start vector hardly touches
+    may be missed.
 
     Where the Krylov space of a neuron is exhausted (zero matrix, low rank, repeated eigenvalues) it
-    goes on with a random vector orthogonal to the basis.
+    goes on with a random vector orthogonal to the basis. Matrices with ``D <= num_products`` are
+    formed column by column and decomposed, which is exact and takes no more products.
 
-    Cost: ``min(num_products, max D)`` products, and memory for ``num_products`` vectors of every
+    Cost: ``min(num_products, max D)`` products, and memory for ``basis_size`` vectors of every
     neuron.
 
     Args:
-        num_products: Largest dimension of the Krylov space.
+        num_products: Number of products; without restart the dimension of the Krylov space.
+        basis_size: Largest number of basis vectors, at least 4. Six in place of sixteen change
+            the values by less than half a percent of the largest (tests/test_eigen.py).
         tol: A pair has converged if its residual is at most ``tol`` times the larger of
             :math:`|\lambda_{\min}|` and :math:`|\lambda_{\max}|`.
 
@@ -100,7 +106,8 @@ class Lanczos(EigenSolver):
         ValueError: If ``num_products`` is below 1 or ``tol`` is negative.
 
     References:
-        Lanczos (1950); Paige (1976) on why the basis must be reorthogonalised.
+        Lanczos (1950); Paige (1976) on why the basis must be reorthogonalised; Wu and Simon (2000)
+        on thick restart.
 
     Example:
         >>> import torch
@@ -114,10 +121,13 @@ class Lanczos(EigenSolver):
 
     num_products: int = 16
     tol: float = 1e-2
+    basis_size: int = 6
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_options("Lanczos", num_products=self.num_products, tol=self.tol)
+        if self.basis_size < 4:
+            raise ValueError(f"Lanczos needs basis_size >= 4, got {self.basis_size!r}.")
 
     def solve(
         self,
@@ -131,103 +141,25 @@ class Lanczos(EigenSolver):
     ) -> dict[str, Eigenpairs]:
         """Extreme Ritz pairs; ``dense`` is not used. See :meth:`EigenSolver.solve`."""
         _check_problem("Lanczos", shapes, dtype)
-        spaces = {
-            name: _KrylovSpace(name, shape, self.num_products, dtype=dtype, device=device, seed=seed)
-            for name, shape in shapes.items()
-        }
-        for _ in range(max((space.num_steps for space in spaces.values()), default=0)):
+        spaces: dict[str, KrylovSpace | Columns] = {}
+        for name, shape in shapes.items():
+            if shape[1] <= self.num_products:
+                spaces[name] = Columns(shape, dtype=dtype, device=device)
+            else:
+                spaces[name] = KrylovSpace(
+                    name,
+                    shape,
+                    self.num_products,
+                    self.basis_size,
+                    dtype=dtype,
+                    device=device,
+                    seed=seed,
+                )
+        for _ in range(min(self.num_products, max((dim for _, dim in shapes.values()), default=0))):
             products = _product(matvec, {name: space.last() for name, space in spaces.items()})
             for name, space in spaces.items():
                 space.extend(products[name])
-        return {name: space.extremes(self.tol) for name, space in spaces.items()}
-
-
-class _KrylovSpace:
-    """Orthonormal bases of the Krylov spaces of one group, and the projections onto them.
-
-    Everything is elementwise products and sums rather than matrix products, which under TF32 or
-    autocast would silently lose the orthogonality.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        num_products: int,
-        *,
-        dtype: torch.dtype,
-        device: Device,
-        seed: int,
-    ) -> None:
-        self.name, self.shape, self.seed = name, shape, seed
-        self.num_steps = min(num_products, shape[1])
-        self.basis = [_unit(_random(shape, seed, name, 0, dtype=dtype, device=device))]
-        self.columns: list[Tensor] = []  # step j: (N, num_steps), column j of H = Q^T S Q
-        self.dropped: list[Tensor] = []  # step j: (N,), norm of the part of S q_j outside the basis
-        self.scale = self.basis[0].new_zeros(shape[0])  # lower bound of ||S||
-
-    def last(self) -> Tensor:
-        """The vectors to multiply next, zero if there is nothing left to do."""
-        if len(self.columns) == self.num_steps:
-            return torch.zeros_like(self.basis[0])
-        return self.basis[-1]
-
-    def extend(self, product: Tensor) -> None:
-        """One step of the recurrence, given the product with the last basis vectors."""
-        step = len(self.columns)
-        if step == self.num_steps:
-            return
-        column = product.new_zeros(self.shape[0], self.num_steps)
-        self.scale = torch.maximum(self.scale, _norm(product))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            product = self._orthogonalise(product, column)
-        beta = _norm(product)
-        self.columns.append(column)
-        if step + 1 == self.num_steps:
-            self.dropped.append(beta)
-            return
-        # 10 eps sqrt(D) ||S|| is the rounding error of one product and its projections: below it
-        # the remainder has no direction of its own.
-        eps = torch.finfo(product.dtype).eps
-        exhausted = beta <= 10.0 * eps * math.sqrt(self.shape[1]) * self.scale
-        following = product / _nonzero(beta).unsqueeze(-1)
-        if bool(exhausted.any()):
-            fresh = _random(self.shape, self.seed, self.name, step + 1, dtype=beta.dtype, device=beta.device)
-            for _ in range(3):  # may start almost inside the basis, so once more
-                fresh = _unit(self._orthogonalise(fresh))
-            following = torch.where(exhausted.unsqueeze(-1), fresh, following)
-        kept = torch.where(exhausted, torch.zeros_like(beta), beta)
-        column[:, step + 1] = kept
-        self.dropped.append(beta - kept)
-        self.basis.append(following)
-
-    def _orthogonalise(self, vectors: Tensor, column: Tensor | None = None) -> Tensor:
-        """The part of the vectors outside the basis; what was inside is added to ``column``."""
-        for i, q in enumerate(self.basis):
-            inside = (q * vectors).sum(-1)
-            vectors = torch.addcmul(vectors, q, inside.unsqueeze(-1), value=-1.0)
-            if column is not None:
-                column[:, i] += inside
-        return vectors
-
-    def extremes(self, tol: float) -> Eigenpairs:
-        """Extreme Ritz pairs of the space, with residuals from the projection."""
-        # On the CPU: the matrices are tiny, float64 is there on every machine that has one, and
-        # the factorisation of one neuron cannot depend on the others.
-        H = torch.stack(self.columns, -1).to("cpu", torch.float64)
-        values, y = torch.linalg.eigh(H)  # reads the lower triangle: the tridiagonal part
-        values, y = values[:, [0, -1]], y[:, :, [0, -1]]  # (N, 2), (N, steps, 2)
-        dropped = torch.stack(self.dropped, -1).to("cpu", torch.float64)
-        inside = torch.linalg.vector_norm(H @ y - y * values.unsqueeze(1), dim=1)
-        outside = (dropped.unsqueeze(-1) * y.abs()).sum(1)
-        residuals = torch.hypot(inside, outside)
-
-        like = self.basis[0]
-        y = y.to(like)
-        vectors = like.new_zeros(self.shape[0], 2, self.shape[1])
-        for j, q in enumerate(self.basis):
-            vectors = torch.addcmul(vectors, y[:, j].unsqueeze(-1), q.unsqueeze(1))
-        return _pairs(values.to(like), vectors, residuals.to(like), tol)
+        return {name: _pairs(*space.extremes(), self.tol) for name, space in spaces.items()}
 
 
 @dataclass(frozen=True)
@@ -296,7 +228,7 @@ class RayleighDescent(EigenSolver):
         ends = []
         for end, sign in enumerate((1.0, -1.0)):
             starts = {
-                name: _random(shape, seed, name, end, dtype=dtype, device=device, uniform=True)
+                name: random_vectors(shape, seed, name, end, dtype=dtype, device=device, uniform=True)
                 for name, shape in shapes.items()
             }
             ends.append(self._descend(matvec, starts, sign))
@@ -312,7 +244,7 @@ class RayleighDescent(EigenSolver):
         self, matvec: Matvec, starts: dict[str, Tensor], sign: float
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Value (N,), vector (N, D) and residual (N,) of every group, at one end."""
-        v = {name: _unit(self.init * start) for name, start in starts.items()}
+        v = {name: unit(self.init * start) for name, start in starts.items()}
         num_averaged = max(1, math.ceil(self.average * self.num_steps))
         square, velocity, scale, mean_v, mean_Sv = (
             {name: torch.zeros_like(start) for name, start in starts.items()} for _ in range(5)
@@ -331,16 +263,16 @@ class RayleighDescent(EigenSolver):
                 if step == 0:
                     # The 1e-8 below is meant for gradients of order one: measured in units of the
                     # first product, a splitting matrix of any scale takes the same path.
-                    scale[name] = _nonzero(_norm(Sv)).unsqueeze(-1)
+                    scale[name] = nonzero(norm(Sv)).unsqueeze(-1)
                 gradient = 2.0 * sign * (Sv - rayleigh * v[name]) / scale[name]
                 square[name].mul_(self.alpha).addcmul_(gradient, gradient, value=1 - self.alpha)
                 velocity[name].mul_(self.momentum).add_(gradient / (square[name].sqrt() + 1e-8))
-                v[name] = _unit(v[name] - lr * velocity[name])
+                v[name] = unit(v[name] - lr * velocity[name])
         answers = {}
         for name, value in quotient.items():
-            length = _nonzero(_norm(mean_v[name])).unsqueeze(-1)
+            length = nonzero(norm(mean_v[name])).unsqueeze(-1)
             vector = mean_v[name] / length
-            residual = _norm(mean_Sv[name] / length - value.unsqueeze(-1) * vector)
+            residual = norm(mean_Sv[name] / length - value.unsqueeze(-1) * vector)
             answers[name] = (value, vector, residual)
         return answers
 
@@ -376,13 +308,9 @@ class Exact(EigenSolver):
         answers = {}
         like = torch.empty(0, dtype=dtype, device=device)
         for name, (num_neurons, dim) in shapes.items():
-            matrices = dense(name).detach().to("cpu", torch.float64)
+            matrices = dense(name)
             _check_product(name, matrices, (num_neurons, dim, dim))
-            matrices = (matrices + matrices.mT) / 2
-            values, vectors = torch.linalg.eigh(matrices)
-            values, vectors = values[:, [0, -1]], vectors[:, :, [0, -1]].mT  # (N, 2), (N, 2, D)
-            residuals = _norm(vectors @ matrices - values.unsqueeze(-1) * vectors)
-            answers[name] = _pairs(values.to(like), vectors.to(like), residuals.to(like), tol=1e-2)
+            answers[name] = _pairs(*extreme_pairs(matrices, like), tol=1e-2)
         return answers
 
 
@@ -394,8 +322,8 @@ def _densify(matvec: Matvec, shapes: Shapes, dtype: torch.dtype, device: Device)
     }
     for column in range(max((dim for _, dim in shapes.values()), default=0)):
         units = {name: torch.zeros_like(matrix[..., 0]) for name, matrix in matrices.items()}
-        for unit in units.values():
-            unit[:, column : column + 1] = 1.0  # nothing where the group has fewer columns
+        for vectors in units.values():
+            vectors[:, column : column + 1] = 1.0  # nothing where the group has fewer columns
         for name, product in _product(matvec, units).items():
             matrices[name][..., column : column + 1] = product.unsqueeze(-1)
     return matrices
@@ -403,50 +331,12 @@ def _densify(matvec: Matvec, shapes: Shapes, dtype: torch.dtype, device: Device)
 
 def _pairs(values: Tensor, vectors: Tensor, residuals: Tensor, tol: float) -> Eigenpairs:
     """Record with unit vectors of definite sign, and what has converged."""
-    vectors = _unit(vectors)
+    vectors = unit(vectors)
     largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
     vectors = torch.where(largest < 0, -vectors, vectors)
     scale = values.abs().amax(-1, keepdim=True)
     tiny = torch.finfo(values.dtype).tiny
     return Eigenpairs(values, vectors, residuals, residuals <= tol * scale + tiny)
-
-
-def _norm(vectors: Tensor) -> Tensor:
-    """Norm along the last axis, safe from under- and overflow of the squares."""
-    largest = vectors.abs().amax(-1)
-    relative = vectors / _nonzero(largest).unsqueeze(-1)
-    return largest * (relative * relative).sum(-1).sqrt()
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors divided by their norm; a zero vector stays zero."""
-    return vectors / _nonzero(_norm(vectors)).unsqueeze(-1)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """The scale, with 1 in place of 0, to divide by."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _random(
-    shape: tuple[int, int],
-    seed: int,
-    name: str,
-    stream: int,
-    *,
-    dtype: torch.dtype,
-    device: Device,
-    uniform: bool = False,
-) -> Tensor:
-    """Normal numbers, or uniform ones on (-1, 1), fixed by seed, name, stream and shape alone."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-    numbers = torch.empty(shape, dtype=torch.float64)
-    if uniform:
-        numbers.uniform_(-1.0, 1.0, generator=generator)
-    else:
-        numbers.normal_(generator=generator)
-    return numbers.to(device=device, dtype=dtype)
 
 
 def _product(matvec: Matvec, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
