@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.layers import Port, port_kind
+from lightning_split.lean import LeanDerivatives
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import undisturbed
 from lightning_split.segments import Layout, Segment, segments
@@ -200,7 +201,7 @@ class SplittingOperator:
             reads.append(x)
             return x.detach()
 
-        with self._running(cut), smooth:
+        with self._running(cut), smooth, LeanDerivatives():
             self._loss_fn(self._model, batch)
             if len(reads) != len(cotangents):
                 raise ValueError(

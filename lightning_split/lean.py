@@ -1,0 +1,128 @@
+"""Layers whose double backward does no more than the splitting matrices need.
+
+Between cuts the inputs of layers and the parameters of channelwise layers are constants, but torch's own
+second derivatives also go there: the double backward of a convolution transposes it to differentiate in its
+input, and that of BatchNorm in eval mode, an affine map, takes two dozen passes over the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["LeanDerivatives"]
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of a constant, linear in its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, convolve: Callable[..., Tensor], options: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.convolve, ctx.options, ctx.shape = convolve, options, weight.shape
+        return convolve(x, weight, None, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        return _WeightGradient.apply(grad, x, ctx.convolve, ctx.options, ctx.shape), None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Its gradient in the weight, linear in the gradient of its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, x: Tensor, convolve: Callable[..., Tensor], options: Any, shape: torch.Size
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.convolve, ctx.options = convolve, options
+        stride, padding, dilation, groups = options
+        none = [0] * len(stride)
+        weight = grad.new_empty(1).expand(shape)  # only its shape is looked at
+        gradients = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, none, groups, [False, True, False]
+        )
+        result: Tensor = gradients[1]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        return _Convolution.apply(weight, x, ctx.convolve, ctx.options), None, None, None, None
+
+
+def _convolution(
+    dims: int,
+    function: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if input.requires_grad or not weight.requires_grad or isinstance(padding, str):
+        return None
+    if input.ndim != dims + 2 or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
+        return None
+    options = (*(_tuple(value, dims) for value in (stride, padding, dilation)), groups)
+    found: Tensor = _Convolution.apply(weight, input, function, options)
+    return found if bias is None else found + bias.view(-1, *[1] * dims)
+
+
+def _tuple(value: Any, dims: int) -> tuple[int, ...]:
+    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if training or running_mean is None or running_var is None or not input.requires_grad:
+        return None
+    if input.dtype != running_var.dtype:
+        return None
+    with torch.no_grad():
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else scale * weight
+        shift = -running_mean * scale
+        shift = shift if bias is None else shift + bias
+        shape = (1, -1, *[1] * (input.ndim - 2))
+    return torch.addcmul(shift.view(shape), input, scale.view(shape))
+
+
+_LEAN: dict[Any, Callable[..., Tensor | None]] = {F.batch_norm: _batch_norm}
+_CONVOLUTIONS = {1: (F.conv1d, torch.conv1d), 2: (F.conv2d, torch.conv2d), 3: (F.conv3d, torch.conv3d)}
+for _dims, _functions in _CONVOLUTIONS.items():
+    for _function in _functions:
+        _LEAN[_function] = partial(_convolution, _dims, _function)
+
+
+class LeanDerivatives(TorchFunctionMode):
+    """While active, convolutions of constants and BatchNorm in eval mode have cheap second derivatives.
+
+    Values and derivatives in the weights of convolutions, and in what is normalised, are those of torch up to
+    rounding. Parameters of BatchNorm count as constants.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        lean = _LEAN.get(func)
+        found = None if lean is None else lean(*args, **kwargs)
+        return func(*args, **kwargs) if found is None else found

@@ -1,0 +1,94 @@
+"""Lean derivatives: equal to torch's, with less work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning_split.lean import LeanDerivatives
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+LAYERS = {
+    "1d, stride and padding": (nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 9)),
+    "2d, no bias": (nn.Conv2d(3, 4, 3, bias=False), (2, 3, 6, 7)),
+    "2d, groups and dilation": (nn.Conv2d(4, 6, (3, 2), padding=(2, 1), dilation=2, groups=2), (2, 4, 8, 8)),
+    "depthwise": (nn.Conv2d(3, 6, 3, padding=1, groups=3), (2, 3, 5, 5)),
+    "reflected": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 5, 5)),
+    "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 5, 5)),
+    "3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4)),
+    "one sample": (nn.Conv2d(3, 4, 3), (3, 6, 6)),
+}
+
+
+def _derivatives(layers: nn.Module, weight: Tensor, x: Tensor, v: Tensor) -> list[Tensor]:
+    """Value, gradient in the weight and Hessian-vector product of a smooth function of the output."""
+    y = layers(x)
+    (first,) = torch.autograd.grad(y.sin().square().sum(), weight, create_graph=True)
+    (second,) = torch.autograd.grad(first, weight, v)
+    return [y.detach(), first.detach(), second]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_derivatives_are_those_of_torch(name: str) -> None:
+    """Values, first and second derivatives in the weight, with BatchNorm in eval mode behind it."""
+    convolution, shape = LAYERS[name]
+    convolution = convolution.double()
+    norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(len(shape))
+    layers = nn.Sequential(convolution)
+    if norm is not None:
+        layers.append(norm(convolution.out_channels).double())
+        layers(torch.randn(shape) * 3 + 1)
+        nn.init.normal_(layers[1].weight)
+    layers.eval()
+    x, v = torch.randn(shape), torch.randn_like(convolution.weight)
+    expected = _derivatives(layers, convolution.weight, x, v)
+    with LeanDerivatives():
+        found = _derivatives(layers, convolution.weight, x, v)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        transposed = func is torch.ops.aten.convolution.default and args[6]
+        self.seen.append("transposed convolution" if transposed else str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_product_convolves_twice_and_does_not_transpose() -> None:
+    """One convolution with the direction, one weight gradient; torch alone adds a transposed convolution."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval()
+    weight, x = layers[0].weight, torch.randn(2, 3, 6, 6)
+    counts = []
+    for lean in (True, False):
+        with LeanDerivatives() if lean else torch.enable_grad():
+            (first,) = torch.autograd.grad(layers(x).sin().sum(), weight, create_graph=True)
+        with _Names() as names:
+            torch.autograd.grad(first, weight, torch.ones_like(weight))
+        count = names.seen.count
+        counts.append([count(f"aten.{n}") for n in ("convolution", "convolution_backward")])
+        assert count("transposed convolution") == (0 if lean else 1)
+        assert any("batch_norm" in n for n in names.seen) != lean
+    assert counts == [[1, 1], [1, 1]]
+
+
+def test_what_is_not_a_constant_is_left_to_torch() -> None:
+    """An input that needs a gradient, and BatchNorm in training mode, are differentiated as ever."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    x = torch.randn(2, 3, 6, 6, requires_grad=True)
+    with LeanDerivatives():
+        inner = layers[0](x)
+        outer = layers[1](inner)
+    assert "Convolution" in inner.grad_fn.name()
+    assert "BatchNorm" in outer.grad_fn.name()
+    (gradient,) = torch.autograd.grad(outer.square().sum(), layers[1].weight)
+    assert float(gradient.abs().max()) > 0
