@@ -30,8 +30,8 @@ def schemes(max_offspring: int, c: float, *, signed: bool = True) -> list[Scheme
     r"""The splitting schemes with at most ``max_offspring`` offspring and :math:`\sum|w_i| \le c`.
 
     All satisfy :math:`\sum w_i = 1`, :math:`\sum w_i\delta_i = 0` and :math:`\|\delta_i\| \le 1`. The mixed
-    triplet beats both pure ones where :math:`\lambda_- < 0 < \lambda_+` are of like size. No others with as many
-    offspring reach a lower value than the best of these (docs, theory).
+    triplet beats both pure ones where :math:`\lambda_- < 0 < \lambda_+` are of like size. No others with
+    as many offspring reach a lower value than the best of these (docs, theory).
 
     Source: S2D (Liu, Wu, Wang 2019), Theorem 2.3, for the positive binary scheme; S3D (Wu et al. 2020) for
     the signed ones.
