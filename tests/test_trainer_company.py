@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
@@ -435,7 +433,7 @@ def test_a_network_without_hidden_neurons_is_refused_in_words(tmp_path: Path) ->
 
 
 class Deeper(BoringModel):
-    """BoringModel with a hidden layer; named so that a command line can find it."""
+    """BoringModel with a hidden layer."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -474,76 +472,3 @@ def test_resnet(tmp_path: Path) -> None:
     (report,) = callback.reports
     assert len(report.splits) == 6
     _assert_all_trained(t, module)
-
-
-# the command line ---------------------------------------------------------------------------------
-
-NESTED = [
-    "--trainer.callbacks+=lightning_split.SplittingCallback",
-    "--trainer.callbacks.strategy=TopK",
-    "--trainer.callbacks.strategy.count=3",
-    "--trainer.callbacks.grower=SteepestSplitting",
-    "--trainer.callbacks.grower.solver=Lanczos",
-    "--trainer.callbacks.grower.solver.num_products=4",
-    "--trainer.callbacks.trigger=Every",
-    "--trainer.callbacks.trigger.n=1",
-    "--trainer.callbacks.num_batches=1",
-    "--trainer.callbacks.confirm_batches=1",
-    "--trainer.callbacks.verbose=false",
-]
-
-AS_YAML = """
-class_path: lightning_split.SplittingCallback
-init_args:
-  strategy: {class_path: lightning_split.TopK, init_args: {count: 3}}
-  grower:
-    class_path: lightning_split.SteepestSplitting
-    init_args:
-      solver: {class_path: lightning_split.Lanczos, init_args: {num_products: 4}}
-  trigger: {class_path: lightning_split.Every, init_args: {n: 1}}
-  num_batches: 1
-  confirm_batches: 1
-  verbose: false
-"""
-
-
-# Lightning's calls of jsonargparse:
-@pytest.mark.filterwarnings(r"ignore:\s*By default only one Jsonargparse:DeprecationWarning")
-@pytest.mark.filterwarnings(r"ignore:\s*.*was deprecated in v4:DeprecationWarning")
-@pytest.mark.parametrize("form", ["arguments", "yaml", "dict"])
-def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """Strategy, grower, solver and trigger can be named by class, nested, as LightningCLI does it."""
-    yaml = pytest.importorskip("yaml")
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "max_epochs": 3,
-        "limit_train_batches": 4,
-        "limit_val_batches": 1,
-        "default_root_dir": str(tmp_path),
-    }
-    args: Any
-    if form == "arguments":
-        args = [
-            "fit",
-            "--seed_everything=0",
-            *(f"--trainer.{k}={str(v).lower() if v is False else v}" for k, v in quiet.items()),
-        ]
-        args += NESTED
-    else:
-        config = {"seed_everything": 0, "trainer": quiet | {"callbacks": [yaml.safe_load(AS_YAML)]}}
-        args = {"subcommand": "fit", "fit": config}
-        if form == "yaml":
-            path = tmp_path / "config.yaml"
-            path.write_text(yaml.safe_dump(config))
-            args = ["fit", f"--config={path}"]
-    cli = LightningCLI(Deeper, args=args, save_config_callback=None)
-    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, SplittingCallback)]
-    assert callback.strategy == TopK(count=3)
-    assert isinstance(callback.grower, SteepestSplitting)
-    assert [e["num_splits"] for e in callback.history] == [3, 3]
-    assert cli.model.layer[0].out_features == 10
