@@ -40,7 +40,7 @@ from lightning_split.probing import (
     training_batches,
 )
 from lightning_split.report import GrowthReport
-from lightning_split.reporting import log_growth
+from lightning_split.reporting import log_growth, model_summary
 from lightning_split.selection import SelectionStrategy, TopK
 from lightning_split.significance import FIRST_LOOK, DrawnBatches
 from lightning_split.stepsize import StepSize, as_step_size
@@ -94,7 +94,8 @@ class SplittingCallback(Callback):
         optimizer_state: ``"transfer"`` lets moments follow their neurons, ``"reset"`` starts them anew.
         lr_schedule: ``"keep"`` lets learning-rate schedules run on, ``"restart"`` starts them anew.
         seed: Makes growths repeatable bit for bit.
-        verbose: Print a table for every growth, and at the start what tracing could not look at.
+        verbose: Print a table and a new model summary for every growth, and at the start what tracing
+            could not look at.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -397,7 +398,9 @@ class SplittingCallback(Callback):
         log_growth(trainer, report, self.history)
         if self.verbose:
             epoch, step = trainer.current_epoch, trainer.global_step
-            pl_module.print(f"\nGrowth {number} at epoch {epoch}, step {step}\n{report}\n")
+            summary = model_summary(trainer, pl_module) if report.splits else None
+            shown = f"{report}\n\n{summary}" if summary else str(report)
+            pl_module.print(f"\nGrowth {number} at epoch {epoch}, step {step}\n{shown}\n")
 
     # state --------------------------------------------------------------------------------------------
 

@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_summary import summarize
 
+from lightning_split._compat import twins
+from lightning_split.measuring import undisturbed
+from lightning_split.probing import quiet
 from lightning_split.report import GrowthReport
 
-__all__ = ["log_growth", "scalars", "widths_figure"]
+__all__ = ["log_growth", "model_summary", "scalars", "widths_figure"]
+
+_SUMMARIES = twins("callbacks.ModelSummary")
 
 
 def scalars(report: GrowthReport) -> dict[str, float]:
@@ -50,10 +57,36 @@ def log_growth(trainer: pl.Trainer, report: GrowthReport, history: Sequence[Mapp
                 smallest, largest = pairs.values.detach().float().cpu().unbind(1)
                 experiment.add_histogram(f"split/index_min/{name}", smallest, global_step=step)
                 experiment.add_histogram(f"split/index_max/{name}", largest, global_step=step)
-        if hasattr(experiment, "add_figure"):
-            figure = widths_figure(history, now=step)
-            if figure is not None:
-                experiment.add_figure("split/widths", figure, global_step=step)
+        by_figure, by_image = hasattr(experiment, "add_figure"), hasattr(logger, "log_image")
+        figure = widths_figure(history, now=step) if by_figure or by_image else None
+        if figure is None:
+            continue
+        if by_figure:  # TensorBoard
+            experiment.add_figure("split/widths", figure, global_step=step)
+        else:  # Weights & Biases
+            taking: Any = logger
+            taking.log_image("split/widths", [_pixels(figure)], step=step)
+
+
+def _pixels(figure: Any) -> np.ndarray:
+    """A figure as an image of shape (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def model_summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    """The Trainer's model summary of the network as it is now; ``None`` if the Trainer prints none.
+
+    With an ``example_input_array`` it runs the module, without a trace.
+    """
+    depths = [c._max_depth for c in trainer.callbacks if isinstance(c, _SUMMARIES)]  # type: ignore[attr-defined]
+    if not depths or not depths[0]:
+        return None
+    with quiet(trainer, pl_module), undisturbed(pl_module, train=None):
+        return str(summarize(pl_module, max_depth=depths[0]))
 
 
 def widths_figure(history: Sequence[Mapping[str, Any]], now: int | None = None) -> Any | None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
-from lightning.pytorch.loggers import TensorBoardLogger
+import torch
+from lightning.pytorch.callbacks import ModelSummary, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_split import Every, SplittingCallback, TopK
 from lightning_split.reporting import widths_figure
+from torch import Tensor, nn
 
-from modules import Classifier, csv_logger, loader, trainer
+from modules import Classifier, assert_same, csv_logger, loader, trainer, two_splits
 
 
 def _run(tmp_path: Path, logger: object) -> SplittingCallback:
@@ -78,3 +83,67 @@ def test_the_figure_draws_each_group_as_stairs() -> None:
         "b (5)": [[0, 3], [10, 3], [30, 5], [32, 5]],
     }
     assert [line.get_xdata()[0] for line in axes.lines[2:]] == [10, 30]
+
+
+class WithImages(CSVLogger):
+    """A logger that takes images as W&B's does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.taken: list[tuple[str, list[Any], int]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **_: Any) -> None:
+        assert step is not None
+        self.taken.append((key, images, step))
+
+
+def test_loggers_that_take_images_get_the_figure(tmp_path: Path) -> None:
+    """As pixels, at the step of the growth."""
+    logger = WithImages(tmp_path)
+    _run(tmp_path, logger)
+    assert [(key, step) for key, _, step in logger.taken] == [("split/widths", 3), ("split/widths", 6)]
+    for _, (image,), _ in logger.taken:
+        assert image.shape[2] == 3
+        assert image.dtype == np.uint8
+        assert 0 < (image < 128).mean() < 0.2  # dark lines and text on white
+
+
+class Shown(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, nn.Dropout(0.5))
+        self.example_input_array = torch.zeros(2, 1, 6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("bar", [None, TQDMProgressBar, RichProgressBar])
+def test_each_growth_is_shown_with_the_new_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bar: Any
+) -> None:
+    """Table and summary come whole through every progress bar, and leave no trace in the run."""
+    if bar is RichProgressBar:
+        pytest.importorskip("rich")
+
+    def run(**options: Any) -> tuple[Shown, SplittingCallback]:
+        pl.seed_everything(0, verbose=False)
+        module = Shown()
+        callback = two_splits(include=["net.0"], **options)
+        bars = [] if bar is None else [bar()]
+        options = {"enable_model_summary": True, "enable_progress_bar": bar is not None, "max_epochs": 2}
+        trainer(tmp_path, callback, *bars, ModelSummary(max_depth=2), **options).fit(module, loader())
+        return module, callback
+
+    silent, _ = run(verbose=False)
+    assert "Growth" not in capsys.readouterr().out
+    module, callback = run(verbose=True)
+    captured = capsys.readouterr()
+    shown = captured.out.splitlines()
+    assert "Growth 1 at epoch 1, step 3" in shown
+    for line in str(callback.reports[0]).splitlines():
+        assert any(line in found for found in shown)
+    total = sum(p.numel() for p in module.parameters())
+    assert any("net.0" in line and "Conv2d" in line and "[2, 5, 6, 6]" in line for line in shown)
+    assert any(line.startswith(str(total)) and "Total params" in line for line in shown)
+    assert_same(dict(module.state_dict()), dict(silent.state_dict()))
