@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.layers import LayerRule, Port, layer_tensors, rule_for
+from lightning_split.loose import loose_axes, loose_tensors
 
 __all__ = ["enable_growth", "fit_to_state_dict", "growth_enabled", "load_grown"]
 
@@ -18,9 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Resize the layers of a module, in place, to the shapes in a state dict.
 
-    Only layers with a rule are resized, and only where all their tensors agree on the new sizes; anything
-    else is left for ``load_state_dict`` to complain about. Works both ways: it grows and it shrinks. The
-    new tensors are empty until the state dict is loaded.
+    Layers with a rule are resized where all their tensors agree on the new sizes, and with them the
+    parameters and buffers that no rule covers (layer scales, learned biases); anything else is left for
+    ``load_state_dict`` to complain about. Works both ways: it grows and it shrinks. The new tensors are empty
+    until the state dict is loaded.
 
     Args:
         module: The module, at any width.
@@ -53,7 +55,23 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
             _resize(layer, name, shape, resized)
     for _, layer, rule, sizes, _ in plans:
         rule.resize(layer, sizes)
+    if plans:
+        _resize_loose(module, state_dict, prefix, resized)
     return [path for path, *_ in plans]
+
+
+def _resize_loose(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, resized: dict[int, Tensor]
+) -> None:
+    """Loose parameters and buffers have grown with the layers beside them."""
+    for path, owner in module.named_modules():
+        for name, tensor in loose_tensors(owner).items():
+            saved = state_dict.get(f"{prefix}{path}.{name}" if path else f"{prefix}{name}")
+            if not isinstance(saved, Tensor) or saved.ndim != tensor.ndim:
+                continue
+            sizes = enumerate(zip(saved.shape, tensor.shape, strict=True))
+            if all(new == old or axis in loose_axes(tensor) for axis, (new, old) in sizes):
+                _resize(owner, name, saved.shape, resized)
 
 
 def _sizes(layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]) -> dict[Port, int] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["DRAWN", "Constants", "is_pointwise"]
+__all__ = ["DRAWN", "Constants", "is_pointwise", "storage_key"]
 
 _FILLED = {"zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full"}
 _FILLED |= {"zeros_like", "ones_like", "full_like"}
@@ -81,7 +81,7 @@ class Constants:
 
     def forget(self, tensor: Tensor) -> None:
         """Nothing is known of these values: a layer made them."""
-        key = _key(tensor)
+        key = storage_key(tensor)
         if key is not None:
             self._memories.pop(key, None)
 
@@ -94,7 +94,7 @@ class Constants:
                 self._note_write(func, name, args, inputs)
             return
         for t in tree_leaves(out):
-            if not isinstance(t, Tensor) or (key := _key(t)) is None:
+            if not isinstance(t, Tensor) or (key := storage_key(t)) is None:
                 continue
             memory = self._find(t)
             if memory is not None:
@@ -176,7 +176,7 @@ class Constants:
         return memory is not None and memory.same
 
     def _find(self, tensor: Tensor) -> _Memory | None:
-        key = _key(tensor) if self._memories else None
+        key = storage_key(tensor) if self._memories else None
         memory = None if key is None else self._memories.get(key)
         return memory if memory is None or not memory.storage.expired() else None
 
@@ -194,7 +194,7 @@ def is_pointwise(func: Any) -> bool:
     )
 
 
-def _key(tensor: Tensor) -> int | None:
+def storage_key(tensor: Tensor) -> int | None:
     """The identity of a tensor's memory, if it has any of its own."""
     try:
         return int(tensor.untyped_storage()._cdata)

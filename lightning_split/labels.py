@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_split.constants import Constants
+from lightning_split.constants import Constants, storage_key
+from lightning_split.loose import Guesses
 
 __all__ = [
     "FIXED",
@@ -169,6 +170,7 @@ class LabelMode(TorchDispatchMode):
         where: Says where in the model execution stands; used in the reasons.
         handler_of: What each operator does to labels (:func:`lightning_split.operators.handler_of`).
         follow: Is shown what each operator returns.
+        label: ``label(owner, axis, size)`` gives the ids along an axis of a loose tensor.
     """
 
     def __init__(
@@ -177,6 +179,7 @@ class LabelMode(TorchDispatchMode):
         where: Callable[[], str],
         handler_of: Callable[[Any], Handler],
         follow: Callable[[Any], None] = lambda out: None,
+        label: Callable[[Owner, int, int], Tensor] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
@@ -185,8 +188,13 @@ class LabelMode(TorchDispatchMode):
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
         self.open_dim: int | None = None  # where a reshape that runs was given -1: this dimension may grow
+        self.parameters: dict[int | None, nn.Parameter] = {}  # by their memory
+        self.kept: list[
+            tuple[nn.Parameter, Tensor]
+        ] = []  # those that were written to, with their values before
         self.leaked: dict[Owner, str] = {}  # what was used outside of its layer, and by what
-        self.where = where
+        self.place = where
+        self.guesses = Guesses(self, label or (lambda owner, axis, size: self.phantoms(size)))
         self._handler_of = handler_of
         self._follow = follow
         self.constants = Constants()
@@ -217,12 +225,22 @@ class LabelMode(TorchDispatchMode):
         """The distinct ids in a label tensor."""
         return [i for i in torch.unique(stored_once(labels)).tolist() if i >= 0]
 
+    def where(self) -> str:
+        """Where execution stands, and on what, as the end of a reason."""
+        return f"{self.place()}{self.guesses.subject}"
+
+    def phantoms(self, count: int) -> Tensor:
+        """Labels of elements that belong to whichever neurons they meet, or to none."""
+        return torch.from_numpy(self.table.mint(count))
+
     def bar(self, tensors: Iterable[Tensor], why: str) -> None:
-        """Leave alone all neurons in these tensors."""
+        """Leave alone all neurons in these tensors; what only may belong to neurons does not."""
         for tensor in tensors:
             labels = self.get(tensor)
             if labels is not None:
                 self.table.bar(self.ids(labels), f"{why}{self.where()}")
+            else:
+                self.guesses.fix(tensor, why)
 
     def unify(self, a: Tensor, b: Tensor, why: str) -> Tensor:
         """Tie labels that meet element by element, and return the labels of the result."""
@@ -289,7 +307,9 @@ class LabelMode(TorchDispatchMode):
 
     def _labelled(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run an operator and move the labels."""
-        mutated = [a for a in written_by(func, args, kwargs) if not self.suspended]
+        mutated = written_by(func, args, kwargs)
+        for tensor in mutated:
+            self._keep(tensor)
         out = func(*args, **kwargs)
         self._follow(out)
         if self.suspended:
@@ -298,8 +318,13 @@ class LabelMode(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not self.inside:
             self._follow_weights(name, inputs, out)
-        if not any(self.get(t) is not None for t in inputs):
-            return out
+        neurons = [t for t in inputs if self.get(t) is not None]
+        with torch._C.DisableTorchFunction():
+            loose = self.guesses.among(inputs)
+            if not neurons:
+                self._without_neurons(func, name, args, kwargs, inputs, loose, out, mutated)
+                return out
+            self.guesses.meet(func, name, loose, neurons)
         before = [(t, self.get(t)) for t in mutated]
         with torch._C.DisableTorchFunction():
             if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass
@@ -310,7 +335,48 @@ class LabelMode(TorchDispatchMode):
                 if not any(tensor is t for t in self.claimed):
                     self._check_write(name, tensor, labels)
             self.claimed.clear()
+            for tensor in loose:  # a guess again: elsewhere it may be a term of the loss, say
+                self.set(tensor, None)
         return out
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Remember the values of a parameter that a pass is about to write to."""
+        parameter = self.parameters.pop(storage_key(tensor), None) if self.parameters else None
+        if parameter is not None:
+            with torch._C._DisableTorchDispatch():
+                self.kept.append((parameter, parameter.detach().clone()))
+
+    def _without_neurons(
+        self,
+        func: Any,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        loose: list[Tensor],
+        out: Any,
+        mutated: list[Tensor],
+    ) -> None:
+        """What an operator does to tensors that may belong to neurons."""
+        opens = name == "cat" and not mutated and any(map(self.constants.uniform, inputs))
+        if not loose and not opens:
+            return
+        if mutated or torch._C._current_graph_task_id() >= 0:
+            for t in loose:
+                self.guesses.fix(t, f"{name} writes it" if mutated else _DIFFERENTIATED)
+            return
+        outputs = [t for t in tensors_of(out) if not any(t is i for i in inputs)]
+        self.guesses.judge(
+            name,
+            loose,
+            outputs,
+            lambda: self._handler_of(func)(self, func, name, args, kwargs, inputs, out),
+        )
+
+    def watch(self, tensors: Iterable[Tensor], owners: frozenset[Owner]) -> None:
+        """Notice where these scalars, which were computed of weights, are used."""
+        for tensor in tensors:
+            self._weights[tensor] = owners
 
     def _check_write(self, name: str, tensor: Tensor, before: Tensor | None) -> None:
         """An in-place write that changes what a tensor's elements belong to is not followed."""

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_split.layers import keeps_batch_statistics
 
-__all__ = ["fixed_statistics", "isolated_rng", "tensors_in", "undisturbed"]
+__all__ = ["fixed_statistics", "is_written", "isolated_rng", "keep_in_mind", "tensors_in", "undisturbed"]
 
 
 @contextmanager
@@ -51,8 +52,9 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
     """Run a model without leaving a trace.
 
     Inside, all modules are in one mode, gradients are enabled and the random state is seeded. On exit the
-    training flag of every module, the buffers, the ``.grad`` of every parameter, the modules' plain
-    attributes (counters, lists, metric states) and the random state are what they were, whatever happened.
+    training flag of every module, the buffers, the ``.grad`` of every parameter, the parameters that passes
+    write to (:func:`keep_in_mind`), the modules' plain attributes (counters, lists, metric states) and the
+    random state are what they were, whatever happened.
 
     Args:
         model: The model.
@@ -62,7 +64,9 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
     grads = [(p, p.grad) for p in model.parameters()]
+    values = [(p, p.data) for p in model.parameters()]
     with ExitStack() as stack:
+        written: list[tuple[nn.Parameter, Tensor]] = []
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -70,6 +74,7 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
         for m, _ in modes:
             stack.enter_context(_attributes_kept(m))
         try:
+            written += [(p, p.detach().clone()) for p, _ in grads if p in _WRITTEN]
             # Copies take the buffers' places: the originals are not even written to, and a graph that is
             # kept for later products still finds the values that it was made with.
             copies: dict[int, Tensor] = {}
@@ -86,8 +91,28 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
                 m.training = training
             for store, name, buffer in buffers:
                 store[name] = buffer
+            for p, value in values:
+                if p.data.data_ptr() != value.data_ptr():
+                    p.data = value
+            with torch.no_grad():
+                for p, copied in written:
+                    p.copy_(copied)
             for p, grad in grads:
                 p.grad = grad
+
+
+# Parameters that a forward pass writes to: a moving average of a network that the model itself keeps, say.
+_WRITTEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep_in_mind(parameter: nn.Parameter) -> None:
+    """From now on :func:`undisturbed` restores the values of a parameter that passes write to."""
+    _WRITTEN[parameter] = True
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Whether a forward pass writes to this parameter."""
+    return tensor in _WRITTEN
 
 
 _INTERNAL = frozenset(vars(nn.Module()))

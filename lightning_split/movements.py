@@ -139,7 +139,7 @@ def _cat(op: Operation) -> None:
     vary = [any(v) for v in zip(*varying, strict=True)]
     across = [v and d != dim for d, v in enumerate(vary)]
     if not any(across):
-        _join_neurons(op, parts, shapes, dim)
+        _join_neurons(op, inputs, parts, shapes, dim)
         return
     if op.name == "stack":
         del across[dim]
@@ -156,14 +156,30 @@ def _cat(op: Operation) -> None:
 
 
 def _join_neurons(
-    op: Operation, parts: list[Tensor | None], shapes: Sequence[Sequence[int]], dim: int
+    op: Operation,
+    inputs: list[Tensor],
+    parts: list[Tensor | None],
+    shapes: Sequence[Sequence[int]],
+    dim: int,
 ) -> None:
     """Neurons side by side, or values of no neuron beside them."""
-    joined = [torch.full(tuple(s), FIXED) if p is None else p for p, s in zip(parts, shapes, strict=True)]
+    joined = [
+        _of_nobody(op, t, shape, dim) if part is None else part
+        for t, part, shape in zip(inputs, parts, shapes, strict=True)
+    ]
     for a, b in itertools.pairwise(joined):
         if _touch(op.mode, a.select(dim, -1), b.select(dim, 0)):
             op.mode.bar(op.inputs, f"{op.name} puts a neuron next to itself")
     op.mode.set(op.outputs[0], torch.cat(joined, dim))
+
+
+def _of_nobody(op: Operation, tensor: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """Labels of values that belong to no neuron; a zero state is as wide as the neurons whose state it is."""
+    if op.name != "cat" or not op.mode.constants.uniform(tensor):
+        return torch.full(tuple(shape), FIXED)
+    form = [1] * len(shape)
+    form[dim] = -1
+    return op.mode.phantoms(shape[dim]).view(form).expand(tuple(shape))
 
 
 def _touch(mode: LabelMode, left: Tensor, right: Tensor) -> bool:

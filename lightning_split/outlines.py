@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections import deque
 from collections.abc import Iterator, MutableMapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Outline", "collector_paused", "shape_only"]
+__all__ = ["Outline", "collector_paused", "quiet", "shape_only"]
 
 
 class _OutlineMode(FakeTensorMode):
@@ -77,6 +78,17 @@ def collector_paused(pause: bool = True) -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from printing the errors of passes over outlines, which are answers and no accidents."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def shape_only(tensor: Tensor) -> bool:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ThetaBlock
-from lightning_split.layers import Block, Port, layer_tensors, port_kind, port_sizes, rule_for
+from lightning_split.layers import Block, Port, port_kind, port_sizes, rule_for
+from lightning_split.loose import growing_tensors
+from lightning_split.measuring import is_written
 from lightning_split.splits import PARTS, Part, Split, blocks_of, check_splits
 from lightning_split.widening import (
     AxisGrowth,
@@ -256,7 +258,7 @@ class Surgery:
             layer = self._model.get_submodule(path)
             self._growth[id(layer)] = mine
             self._layers.append(layer)
-            for name, (tensor, axes) in layer_tensors(layer).items():
+            for name, (tensor, axes) in growing_tensors(layer).items():
                 ports = {block.port for blocks in axes.values() for block in blocks}
                 if id(tensor) in done or not ports & mine.keys():
                     continue
@@ -286,7 +288,8 @@ class Surgery:
         consumed = tuple(a for a in grown if port_kind(axes[a][0].port) == "in")
         if self._hollow:
             shape = [len(grown[d].index) if d in grown else size for d, size in enumerate(tensor.shape)]
-            return _Widened(tensor.detach().new_zeros(()).expand(shape), grown, consumed)
+            blank = tensor.detach().new_zeros(shape if is_written(tensor) else ())
+            return _Widened(blank.expand(shape), grown, consumed)
         return _Widened(widened(tensor.detach(), grown, consumed), grown, consumed)
 
     def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:

@@ -21,6 +21,7 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
+from lightning_split.constants import storage_key
 from lightning_split.labels import BookKeeping, CallMode, LabelMode, NeuronTable
 from lightning_split.layers import (
     Block,
@@ -31,16 +32,18 @@ from lightning_split.layers import (
     port_kind,
     rule_for,
 )
+from lightning_split.loose import growing_tensors, loose_port, loose_tensors
 from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
+from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
 from lightning_split.operators import handler_of
-from lightning_split.outlines import Outline, collector_paused
+from lightning_split.outlines import Outline, collector_paused, quiet
 from lightning_split.verification import Readings, Run, batch_size, verified_sizes, verified_values
 
 __all__ = ["trace", "trace_step"]
 
 _OUTPUT = "they are part of the model's output"
 _LOSS = "they reach the loss without passing a layer"
+_STARVED = "the traced batch sends no sample through the layer that makes them"
 _REFUSED_IN_USE = "no layer that tracing sees reads them"
 
 
@@ -106,12 +109,13 @@ def _trace(
         )
     outline = Outline(example)
     try:
-        tracer, note = _labelled(model, run, example, outline, compare_outputs)
-        hollow = tracer.example is not example
-        with collector_paused(hollow):
-            arch = tracer.architecture()
-            arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
-            arch = verified_sizes(model, arch, run, tracer.example, tracer.seen, hollow=hollow)
+        with quiet():
+            tracer, note = _labelled(model, run, example, outline, compare_outputs)
+            hollow = tracer.example is not example
+            with collector_paused(hollow):
+                arch = tracer.architecture()
+                arch = dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
+                arch = verified_sizes(model, arch, run, tracer.example, tracer.seen, hollow=hollow)
         del tracer
     finally:
         outline.forget()
@@ -176,6 +180,8 @@ class _Tracer(Watcher):
             path: rule for path, m in self.layers.items() if (rule := rule_for(m)) is not None
         }
         self.ports: dict[PortKey, Tensor] = {}
+        self.starved: set[str] = set()  # layers through which no sample has gone
+        self.loose: dict[PortKey, Tensor] = {}  # ids along the axes of loose tensors that were looked at
         self.uses: dict[str, float] = defaultdict(float)
         self.leaked: dict[tuple[str, str], str] = {}
         self.seen: dict[bool, Readings] = {}
@@ -199,25 +205,42 @@ class _Tracer(Watcher):
         """
         self._stack = []
         self._reading = Readings()
-        self._mode = mode = LabelMode(self.table, self._where, handler_of, self._follow)
+        self._mode = mode = LabelMode(self.table, self._where, handler_of, self._follow, self._loose_ids)
         with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
             mode.owned = {
                 id(tensor): (path, name)
                 for path in self.rules
                 for name, (tensor, _) in layer_tensors(self.layers[path]).items()
             }
+            mode.guesses.leaves = {
+                id(tensor): (path, name)
+                for path, module in self.layers.items()
+                for name, tensor in loose_tensors(module).items()
+            }
             fixed_statistics(self.model)  # which one sample per channel would be too few for
-            with self._located(), watched(self.model, self), CallMode(mode), mode:
-                output = self._run(self.model, self.example)
+            mode.parameters = {storage_key(p): p for p in self.model.parameters()}
+            try:
+                with self._located(), watched(self.model, self), CallMode(mode), mode:
+                    output = self._run(self.model, self.example)
+            finally:
+                with torch.no_grad():
+                    for parameter, values in mode.kept:
+                        parameter.copy_(values)
+                        keep_in_mind(parameter)
         for tensor in tensors_in(output):
-            labels = mode.get(tensor)
-            if labels is not None:
-                self.table.bar(mode.ids(labels), _OUTPUT if self._outputs_count else _LOSS)
+            mode.bar([tensor], _OUTPUT if self._outputs_count else _LOSS)
             self._reading.shapes.append(tuple(tensor.shape))
             if self._outputs_count:
                 mode.leak([tensor], "is part of the model's output")
         self.leaked.update(mode.leaked)
         self.seen[train] = self._reading
+
+    def _loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
+        path, name = owner
+        key = path, loose_port(name, axis)
+        if key not in self.loose:
+            self.loose[key] = torch.from_numpy(self.table.mint(size))
+        return self.loose[key]
 
     def _where(self) -> str:
         inner = next((p for p in reversed(self._stack) if p), "")
@@ -247,6 +270,8 @@ class _Tracer(Watcher):
 
     def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
         mode, rule, tensors = self._mode, self.rules[path], tensors_in((args, kwargs))
+        if tensors and not tensors[0].numel():
+            self.starved.add(path)
         simple = type(rule).forward is LayerRule.forward
         refusal = rule.refusal(layer)
         if refusal is None and simple and not tensors:
@@ -301,10 +326,17 @@ class _Tracer(Watcher):
         self._reading.note(path, port, x, axis)
         mode.leak([x], f"is read by '{path}'")
         with BookKeeping():
+            loose = mode.guesses.among([x])
+            for t in loose:
+                mode.guesses.adopt(
+                    t, frozenset({axis % x.ndim - x.ndim}), f"'{path}' reads it along another axis"
+                )
             if port_kind(port) == "through":
                 self._passing[path] = self._pass(path, port, x, axis)
             else:
                 self._consume(path, port, x, axis)
+            for t in loose:
+                mode.set(t, None)
         if mode.suspended:
             return x
         mode.suspended += 1
@@ -411,11 +443,16 @@ class _Tracer(Watcher):
         self.ports |= {key: torch.full((size,), -1) for key, size in self._blank.items()}
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
-        ports = {
-            key: PortMap(np.where(raw >= 0, neuron[raw], -1), np.where(raw >= 0, runs[raw], -1))
-            for key, labels in self.ports.items()
-            for raw in [labels.numpy()]
-        }
+        made = np.zeros(self.table.size + 1, dtype=bool)  # the last stands for "no neuron"
+        for key, labels in self.ports.items():
+            if port_kind(key[1]) == "out":
+                made[neuron[labels.numpy()]] = True
+        ports: dict[PortKey, PortMap] = {}
+        for key, labels in (self.ports | self.loose).items():
+            raw = labels.numpy()
+            known = (raw >= 0) & made[np.append(neuron, -1)[raw]]  # others met no neuron of a layer
+            if key in self.ports or known.any():
+                ports[key] = PortMap(np.where(known, neuron[raw], -1), np.where(known, runs[raw], -1))
         places: dict[int, dict[PortKey, int]] = defaultdict(dict)
         for key, port in ports.items():
             ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
@@ -429,7 +466,7 @@ class _Tracer(Watcher):
     def _named(
         self, kinds: Mapping[tuple[Any, str | None], list[int]], ports: Mapping[PortKey, PortMap]
     ) -> Architecture:
-        order = {key: n for n, key in enumerate(self.ports)}
+        order = {key: n for n, key in enumerate(ports)}
         groups, unsplittable = [], []
         used: dict[str, int] = defaultdict(int)
         for (signature, reason), members in sorted(kinds.items(), key=lambda kv: kv[1][0]):
@@ -472,7 +509,7 @@ class _Tracer(Watcher):
         for path in dict.fromkeys(path for path, _ in keys):
             module = self.layers[path]
             mine = {port for p, port in keys if p == path}
-            for name, (tensor, axes) in layer_tensors(module).items():
+            for name, (tensor, axes) in growing_tensors(module).items():
                 for axis, blocks in axes.items():
                     found = [
                         _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
@@ -503,7 +540,7 @@ class _Tracer(Watcher):
 
     def _why_not(self, group: ChannelGroup) -> str | None:
         if not group.consumers:
-            return _REFUSED_IN_USE
+            return _STARVED if self.starved.intersection(group.producers) else _REFUSED_IN_USE
         for block in group.theta:
             tensor = self.layers[block.module]._parameters.get(block.tensor)
             if tensor is None or not tensor.requires_grad:
@@ -524,11 +561,11 @@ class _Tracer(Watcher):
                 names = " and ".join(f"'{p}.{n}'" for p, n in places)
                 reasons |= dict.fromkeys(places, f"is one tensor shared by {names}")
         for (path, name), why in reasons.items():
-            _, axes = layer_tensors(self.layers[path]).get(name, (None, {}))
+            _, axes = growing_tensors(self.layers[path]).get(name, (None, {}))
             for port in {block.port for blocks in axes.values() for block in blocks}:
-                ids = self.ports.get((path, port))
+                ids = self.ports.get((path, port), self.loose.get((path, port)))
                 if ids is not None:
-                    self.table.bar(ids.tolist(), f"the tensor '{path}.{name}' {why}")
+                    self.table.bar(ids.tolist(), f"the tensor '{f'{path}.{name}'.lstrip('.')}' {why}")
 
 
 def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:

@@ -625,17 +625,20 @@ def test_what_cannot_grow_is_refused_with_the_reason(name: str) -> None:
     assert rule_for(model[1].r) is not None
 
 
-def test_a_state_of_fixed_size_bars_the_layer() -> None:
-    """A learned initial state belongs to no neuron and does not grow along."""
+def test_a_learned_initial_state_grows_along() -> None:
+    """It holds a value for every neuron; a state that the model is given does not."""
     for cls in (nn.LSTM, nn.GRU, nn.RNN):
-        state = nn.Parameter(rnd(1, 2, 4))
 
         def run(s: Any, x: Tensor, cls: type = cls) -> Tensor:
             return s.o(s.r(x, (s.h, s.h) if cls is nn.LSTM else s.h)[0])
 
-        arch = trace(Block(run, r=cls(3, 4), o=nn.Linear(4, 2), h=state), rnd(3, 2, 3))
+        model = Block(run, r=cls(3, 4), o=nn.Linear(4, 2), h=nn.Parameter(rnd(1, 2, 4)))
+        randomise(model, rnd(3, 2, 3))
+        arch = assert_splits_exactly(model, rnd(3, 2, 3))
+        assert arch.group("r").channelwise == ("",)
+
+        arch = trace(Block(lambda s, x: s.r(*x)[0], r=nn.GRU(3, 4)), (rnd(3, 2, 3), rnd(1, 2, 4)))
         assert not arch.groups
-        assert "r" in {u.name for u in arch.unsplittable}
 
 
 def test_padding_a_packed_output_is_exact_or_refused() -> None:
