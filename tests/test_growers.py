@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_split import Exact, SteepestSplitting, trace
+from lightning_split import Exact, KnapsackEnergy, SelectionStrategy, SteepestSplitting, TopK, grow, trace
 from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import Scheme, schemes
+from lightning_split.selection import Candidate
 from lightning_split.significance import FreshBatches
 from scipy.optimize import minimize
 
@@ -140,6 +141,26 @@ def test_candidates_carry_the_best_scheme_of_their_neuron(offspring: int) -> Non
         used.add(candidate.scheme)
     assert used <= {s.name for s in schemes(offspring, 3.0)}
     assert len(used) > 1 or offspring == 4
+
+
+@pytest.mark.parametrize(("strategy", "every"), [(KnapsackEnergy(0.5), True), (TopK(count=3), False)])
+def test_a_knapsack_sees_every_scheme_and_the_others_the_best(
+    strategy: SelectionStrategy, every: bool
+) -> None:
+    """Without being asked for: what is offered follows from the strategy."""
+    model, x = CASES["mlp"].model(), torch.randn(16, 5)
+    report = grow(
+        *(model, [x], loss_of(torch.randn(16, 3))),
+        grower=SteepestSplitting(max_offspring=4, solver=Exact()),
+        strategy=strategy,
+    )
+    offered: dict[tuple[str, int], list[Candidate]] = {}
+    for c in report.candidates:
+        offered.setdefault((c.group, c.neuron), []).append(c)
+    assert len(offered) == 13
+    for mine in offered.values():
+        assert [c.scheme for c in mine] == [s.name for s in schemes(4, 3.0)] if every else len(mine) == 1
+    assert len({(s.group, s.neuron) for s in report.splits}) == len(report.splits) > 0
 
 
 def test_confirmation_replaces_the_gain_by_that_on_fresh_batches() -> None:

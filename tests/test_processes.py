@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_split import Every, Plateau, enable_growth
+from lightning_split import (
+    Every,
+    Folding,
+    GradMax,
+    Mixed,
+    NewNeurons,
+    Plateau,
+    SteepestSplitting,
+    enable_growth,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -66,6 +75,11 @@ def _loss(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(module.net(batch[0]), batch[1])
 
 
+def _everything() -> dict[str, Any]:
+    members = [SteepestSplitting(), NewNeurons(draws=1), GradMax(), Folding(clusters=2, samples=16)]
+    return {"grower": Mixed(members), "step_size": "line_search"}
+
+
 # what each of two processes runs ------------------------------------------------------------------
 
 
@@ -79,7 +93,9 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
     module = ByHand() if manual else Distributed(case.get("unused", False))
     monitor = case.get("monitor", "plan")
     callback = two_splits(
-        trigger=Plateau(monitor, patience=1, min_delta=0.5), loss_fn=_loss if manual else None
+        trigger=Plateau(monitor, patience=1, min_delta=0.5),
+        loss_fn=_loss if manual else None,
+        **(_everything() if case.get("mixed") else {}),
     )
     steps = case.get("every_steps")
     save = ModelCheckpoint(
@@ -197,6 +213,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "unused": {"unused": True, "ddp": {"find_unused_parameters": True}, "accumulate": 2},
         "bucket view": {"ddp": {"gradient_as_bucket_view": True}},
         "by hand": {"manual": True},
+        "all growers": {"mixed": True},
         "by hand, static graph": {"manual": True, "ddp": {"static_graph": True}},
         "by hand, unused": {"manual": True, "ddp": {"find_unused_parameters": True}},
         "average": {"ema": True},

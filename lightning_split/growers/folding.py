@@ -60,7 +60,7 @@ class Folding(PredictingGrower):
 
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """Up to one new unit per typical instance and layer; see :meth:`PredictingGrower.draft`."""
-        why = {group.name: _why_not(context, group) for group in context.arch.groups}
+        why = context.ranks.agree({group.name: _why_not(context, group) for group in context.arch.groups})
         notes = tuple(f"Folding left '{name}' alone: {reason}." for name, reason in why.items() if reason)
         groups = [group for group in context.arch.groups if not why[group.name]]
         if not groups:
@@ -76,7 +76,7 @@ class Folding(PredictingGrower):
                 if bool(instance.normal.any())
             ]
             if rows:
-                incoming[group.name] = torch.stack(rows)
+                incoming[group.name] = torch.stack(rows).cpu()
         incoming = context.ranks.agree(incoming)  # each process has looked at its own instances
         if incoming:
             units = downhill(context, incoming, step)
