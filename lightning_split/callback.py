@@ -25,6 +25,7 @@ from lightning_split.optim import (
     TrainerRanks,
     averaging_done,
     carry_all,
+    interfaces,
     refuse_optimizers,
     refuse_strategy,
     rewrap,
@@ -268,8 +269,9 @@ class SplittingCallback(Callback):
         """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
         with quiet(trainer, pl_module, seed=self._growth_seed):
             arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
+        self.barred |= interfaces(trainer, pl_module, arch)
         try:
-            widths = select_groups(arch, self.include, self.exclude).widths
+            widths = select_groups(arch.without(self.barred), self.include, self.exclude).widths
         except ValueError as error:
             if not (isinstance(error, NothingToSplitError) and error.frozen):
                 raise MisconfigurationException(str(error)) from None

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_split._compat import MisconfigurationException, twins
+from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import growth_enabled
 from lightning_split.ranks import Ranks
 from lightning_split.surgery import AxisMap, Replacement
@@ -25,6 +26,7 @@ __all__ = [
     "carry_all",
     "carry_state",
     "check_trained",
+    "interfaces",
     "refuse_optimizers",
     "refuse_strategy",
     "rewrap",
@@ -248,6 +250,34 @@ def check_trained(optimizers: Iterable[Any], replaced: Replaced, expected: Mappi
 def _occurrences(optimizers: Iterable[Optimizer]) -> Counter[int]:
     """How often each parameter, by its ``id``, occurs in the optimizers."""
     return Counter(id(p) for o in optimizers for group in o.param_groups for p in group["params"])
+
+
+def interfaces(trainer: pl.Trainer, pl_module: pl.LightningModule, arch: Architecture) -> dict[str, str]:
+    """Channel groups between two networks that different optimizers train, with the reason to leave them.
+
+    The images between generator and discriminator look like hidden neurons to the generator's loss, but
+    the discriminator's loss, which nobody measures, reads real ones beside them.
+    """
+    owner: dict[int, set[int]] = defaultdict(set)
+    for number, optimizer in enumerate(map(_unwrapped, trainer.optimizers)):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                owner[id(p)].add(number)
+    layers = dict(pl_module.named_modules())
+
+    def owners(paths: Iterable[str]) -> set[int]:
+        found = (p for path in paths if path in layers for p in layers[path].parameters(recurse=False))
+        return set().union(*(owner[id(p)] for p in found))
+
+    between = {}
+    for channels in arch.groups:
+        making, reading = owners(channels.producers), owners(channels.consumers)
+        if making and reading and not making & reading:
+            between[channels.name] = (
+                "different optimizers train its producers and its consumers, so a loss that was not measured "
+                "may read it beside data of its present width"
+            )
+    return between
 
 
 def refuse_optimizers(trainer: pl.Trainer) -> None:
