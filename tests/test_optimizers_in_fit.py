@@ -126,7 +126,7 @@ class Words(pl.LightningModule):
 
 
 def test_sparse_adam(tmp_path: Path) -> None:
-    """Two optimizers meet at the embedding, which stays as it is; the rest of the network grows."""
+    """The embedding stays as it is; what a dense optimizer trains grows."""
     module = Words()
     callback = two_splits(loss_fn=lambda m, b: m.loss(b), trigger=Every(1), num_batches=1, confirm_batches=0)
     data = TensorDataset(torch.randint(0, 10, (16, 3)), torch.arange(16) % 2)
@@ -136,5 +136,4 @@ def test_sparse_adam(tmp_path: Path) -> None:
     sparse, dense = t.optimizers
     assert {id(p) for p in sparse.param_groups[0]["params"]} == {id(module.embedding.weight)}
     assert sparse.state[module.embedding.weight]["exp_avg"].shape == (10, 4)
-    assert "different optimizers" in callback.barred["embedding"]
     assert {id(p) for p in dense.param_groups[0]["params"]} == {id(p) for p in module.head.parameters()}
