@@ -86,6 +86,7 @@ def random_growth(seed: int) -> tuple[str, float, float, float, float] | None:
             strategy=TopK(fraction=pick([0.3, 1.0])),
             step_size="line_search",
             confirm_batches=[batch() for _ in range(8)],
+            significance=None,  # so that what is only noise comes before the search too
             seed=seed,
         )
     except NotApplicableError:
