@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_split._compat import Callback, MisconfigurationException, twins
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import enable_growth
+from lightning_split.context import GrowthContext
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.growth import NothingToSplitError, grow, select_groups
 from lightning_split.lineage import Lineage
@@ -267,11 +268,15 @@ class SplittingCallback(Callback):
 
     def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
-        with quiet(trainer, pl_module, seed=self._growth_seed):
-            arch: Architecture = trace_step(pl_module, batch, self._loss(trainer, pl_module))
+        seed, loss_fn = self._growth_seed, self._loss(trainer, pl_module)
+        with quiet(trainer, pl_module, seed=seed):
+            arch: Architecture = trace_step(pl_module, batch, loss_fn)
         self.barred |= interfaces(trainer, pl_module, arch)
         try:
-            widths = select_groups(arch.without(self.barred), self.include, self.exclude).widths
+            groups = select_groups(arch.without(self.barred), self.include, self.exclude)
+            widths, ranks = groups.widths, TrainerRanks(trainer)
+            with quiet(trainer, pl_module, seed=seed):
+                self.grower.check(GrowthContext(pl_module, groups, loss_fn, [batch], seed=seed, ranks=ranks))
         except ValueError as error:
             if not (isinstance(error, NothingToSplitError) and error.frozen):
                 raise MisconfigurationException(str(error)) from None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_split import (
     Every,
     Folding,
@@ -25,7 +26,7 @@ from lightning_split import (
     SteepestSplitting,
     load_grown,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from modules import Classifier, assert_same, images, loader, trainer, two_splits, widths
@@ -60,6 +61,35 @@ def test_every_grower_grows_a_training_network(tmp_path: Path, name: str) -> Non
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(map(id, module.parameters()))
     again = load_grown(Classifier, tmp_path / "last.ckpt", map_location="cpu")
     assert_same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("grower", "reason"),
+    [
+        (Folding(), "Folding left 'net.0' alone"),
+        (GradMax(), "GradMax left 'net.0' alone: its neurons send something"),
+        (Mixed([GradMax(), Folding()]), "Folding left 'net.1' alone|Folding left 'net.0' alone"),
+    ],
+)
+def test_a_grower_that_does_not_apply_is_refused_on_the_first_batch(
+    tmp_path: Path, grower: Any, reason: str
+) -> None:
+    """Not when the first growth is due; with a member that applies Mixed is let through."""
+
+    class Sigmoid(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = (nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+            self.net = nn.Sequential(*parts)
+
+    module = Sigmoid()
+    with pytest.raises(MisconfigurationException, match=reason):
+        trainer(tmp_path, two_splits(grower=grower, trigger=Every(3))).fit(module, loader())
+    assert module.trainer.global_step == 0
+    willing = two_splits(grower=Mixed([grower, NewNeurons(draws=1)]), trigger=Every(3))
+    t = trainer(tmp_path, willing, fast_dev_run=1)
+    t.fit(Sigmoid(), loader())
+    assert t.global_step == 1
 
 
 def test_moments_of_new_neurons_start_at_zero_and_the_others_are_kept(tmp_path: Path) -> None:

@@ -39,6 +39,17 @@ class Proposal:
 class Grower(ABC):
     """A way to propose new neurons; the seam for one of your own."""
 
+    def check(self, context: GrowthContext) -> None:
+        """Refuse a network for which the grower has nothing to offer, before training starts.
+
+        Args:
+            context: The network, with the first batch.
+
+        Raises:
+            NotApplicableError: If the grower does not apply to any group, saying why.
+        """
+        return None
+
     @abstractmethod
     def propose(self, context: GrowthContext, *, step_size: float | str | StepSize) -> Proposal:
         """Candidates for the neurons of every group.

@@ -58,13 +58,13 @@ class Folding(PredictingGrower):
             if getattr(self, name) < 1:
                 raise ValueError(f"Folding needs {name} of at least 1, got {getattr(self, name)}.")
 
+    def check(self, context: GrowthContext) -> None:
+        """Refuse networks without a layer that folds; see :meth:`Grower.check`."""
+        _foldable(context)
+
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """Up to one new unit per typical instance and layer; see :meth:`PredictingGrower.draft`."""
-        why = context.ranks.agree({group.name: _why_not(context, group) for group in context.arch.groups})
-        notes = tuple(f"Folding left '{name}' alone: {reason}." for name, reason in why.items() if reason)
-        groups = [group for group in context.arch.groups if not why[group.name]]
-        if not groups:
-            raise NotApplicableError(" ".join(notes))
+        groups, notes = _foldable(context)
         watching = {group.producers[0]: group.name for group in groups}
         seen = [_instance(context, watching, one) for one in _single(context, self.samples)]
         incoming = {}
@@ -217,12 +217,26 @@ def _gradients(value: Tensor, tensors: list[Tensor]) -> Sequence[Tensor | None]:
     return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
 
 
+def _foldable(context: GrowthContext) -> tuple[list[ChannelGroup], tuple[str, ...]]:
+    """The groups that fold, and sentences about the others.
+
+    Raises:
+        NotApplicableError: If there is none.
+    """
+    why = context.ranks.agree({group.name: _why_not(context, group) for group in context.arch.groups})
+    notes = tuple(f"Folding left '{name}' alone: {reason}." for name, reason in why.items() if reason)
+    groups = [group for group in context.arch.groups if not why[group.name]]
+    if not groups:
+        raise NotApplicableError(" ".join(notes))
+    return groups, notes
+
+
 def _why_not(context: GrowthContext, group: ChannelGroup) -> str | None:
     """Why folding does not apply to a group, or ``None`` if it does."""
     if len(group.theta) != 2 or len(group.producers) != 1 or group.theta[1].size != 1:
         return "its neurons are not those of one linear layer with a bias"
     if group.through:
-        return f"'{group.channelwise[0]}' stands between its neurons and the next layer"
+        return f"'{group.through[0].module}' stands between its neurons and the next layer"
     producer, consumers = group.producers[0], set(group.consumers)
     seen = _Seen({producer, *consumers}, cut=False)
     with undisturbed(context.model, train=False, seed=context.seed), watched(context.model, seen):

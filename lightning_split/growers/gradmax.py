@@ -56,6 +56,12 @@ class GradMax(PredictingGrower):
         if self.iterations < 1:
             raise ValueError(f"GradMax needs at least one iteration, got {self.iterations}.")
 
+    def check(self, context: GrowthContext) -> None:
+        """Refuse networks where no activation maps 0 to 0; see :meth:`Grower.check`."""
+        why = _sending(context)
+        if len(why) == len(context.arch.groups):
+            raise NotApplicableError(" ".join(_notes(why)))
+
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """As many new neurons as a group has, or as M has directions; see :meth:`PredictingGrower.draft`."""
         model = context.model
@@ -63,15 +69,9 @@ class GradMax(PredictingGrower):
         zero = {n: torch.zeros_like(weights_of(model, g, "incoming")) for n, g in groups.items()}
         through = {n: fresh_through(model, g, g.width, shared=True) for n, g in groups.items()}
         ghosts = Ghosts(context, zero, through)
+        why = _sending(context)
         with ghosts.present():
-            alive = averaged(context, list(ghosts.outgoing_gradients(context.batches[:1])))
-            why = {
-                name: "its neurons send something even with zero incoming weights (GradMax needs an "
-                "activation that maps 0 to 0)"
-                for name, g in alive.items()
-                if bool(g.any())
-            }
-            shapes = {n: (alive[n].shape[1], g.dim) for n, g in groups.items()}
+            shapes = {n: (sum(b.size for b in g.outgoing), g.dim) for n, g in groups.items()}
             pairs = leading_pairs(
                 lambda part, vectors: ghosts.mixed(context.batches, part, vectors),
                 shapes,
@@ -89,9 +89,9 @@ class GradMax(PredictingGrower):
                     if not bool(g.any()) and bool(pairs[name].values.any())
                 }
         pairs = {name: p for name, p in pairs.items() if name not in why}
-        notes = tuple(f"GradMax left '{name}' alone: {reason}." for name, reason in why.items())
+        notes = _notes(why)
         if not pairs:
-            raise NotApplicableError(" ".join(notes) or "GradMax found no layer that reads neurons.")
+            raise NotApplicableError(" ".join(notes))
         found, growing = _first_steps(context, step, pairs)
         built = None
         if not self.first_step:
@@ -99,6 +99,29 @@ class GradMax(PredictingGrower):
             kept = {n: through[n][: len(theta)] for n, theta in still.items()}
             built, growing = replace(found, incoming=still, through=kept), {n: still[n] for n in growing}
         return NewcomersDraft(context, found, "gradmax", built=built, growing=growing, notes=notes)
+
+
+def _sending(context: GrowthContext) -> dict[str, str]:
+    """Groups to which GradMax does not apply, with the reason."""
+    groups = [group for group in context.arch.groups if group.outgoing]
+    zero = {g.name: torch.zeros_like(weights_of(context.model, g, "incoming")[:1]) for g in groups}
+    ghosts = Ghosts(context, zero)
+    with ghosts.present():
+        gradient = averaged(context, list(ghosts.outgoing_gradients(context.batches[:1])))
+    sent = (
+        "its neurons send something even with zero incoming weights (GradMax needs an activation that maps "
+        "0 to 0)"
+    )
+    why = {group.name: "no layer multiplies its neurons by weights" for group in context.arch.groups}
+    return {
+        name: sent if name in gradient else reason
+        for name, reason in why.items()
+        if name not in gradient or bool(gradient[name].any())
+    }
+
+
+def _notes(why: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"GradMax left '{name}' alone: {reason}." for name, reason in why.items())
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ class Mixed(PredictingGrower):
                     "use it alone."
                 )
 
+    def check(self, context: GrowthContext) -> None:
+        """Refuse a network to which no member applies; see :meth:`Grower.check`."""
+        reasons = [_refusal(grower, context) for grower in self.growers]
+        if all(reasons):
+            raise NotApplicableError(" ".join(filter(None, reasons)))
+
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """What all members have in mind; see :meth:`PredictingGrower.draft`. Costs what the members cost."""
         drafts, notes = [], []
@@ -65,6 +71,14 @@ class Mixed(PredictingGrower):
         if not drafts:
             raise NotApplicableError(" ".join(notes))
         return _Together(context, drafts, notes)
+
+
+def _refusal(grower: Grower, context: GrowthContext) -> str | None:
+    try:
+        grower.check(context)
+    except NotApplicableError as error:
+        return str(error)
+    return None
 
 
 class _Together(Draft):
