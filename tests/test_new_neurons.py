@@ -35,6 +35,7 @@ from lightning_split.stepsize import Relative
 from torch import Tensor, nn
 
 from networks import CASES, loss_of, randomised, relu_mlp
+from test_composites import network
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -87,6 +88,20 @@ def test_at_zero_step_nothing_changes_and_at_a_small_one_the_prediction_holds(na
         best = sorted(grower.propose(context, step_size=1e-4).candidates, key=lambda c: -c.gain)[:2]
         change = _loss(context, context.model) - _loss(context, _grown(context, best))
         assert change == pytest.approx(sum(c.predicted for c in best), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention", "bilinear"])
+def test_gates_heads_and_products_get_new_neurons_too(name: str) -> None:
+    """Neurons of several rows and columns, and such as read themselves."""
+    model, x = network(name)
+    loss = loss_of(torch.randn_like(model.eval()(x).detach()))
+    context = GrowthContext(model, trace(model, x), loss, [x], surrogate_beta=None)
+    for grower in (NewNeurons(draws=1), GradMax()):
+        still = grower.propose(context, step_size=0.0).candidates
+        torch.testing.assert_close(_grown(context, list(still))(x), model(x), rtol=1e-12, atol=1e-12)
+        best = max(grower.propose(context, step_size=1e-4).candidates, key=lambda c: c.gain)
+        change = _loss(context, model) - _loss(context, _grown(context, [best]))
+        assert change == pytest.approx(best.gain, rel=2e-3)
 
 
 @pytest.mark.parametrize("grower", [NewNeurons(draws=1, first_step=False), GradMax(first_step=False)])
