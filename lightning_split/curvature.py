@@ -121,30 +121,19 @@ class SplittingOperator:
             ValueError: If a name or a shape does not fit, or a loss is not a finite scalar that depends on
                 the network.
         """
-        total: Vectors | None = None
-        for product in self.products(vectors):
-            if total is None:
-                total = product
-            else:
-                for name, value in product.items():
-                    total[name] += value
-        assert total is not None
-        return {name: value / self.num_batches for name, value in total.items()}
+        self._check(vectors)
+        total = {name: torch.zeros_like(v) for name, v in vectors.items()}
+        for number in range(self.num_batches):
+            self._apply(number, [dict(vectors)], [total])
+        return {name: value.div_(self.num_batches) for name, value in total.items()}
 
     def products(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
         """The same product for every batch by itself, one after the other."""
-        for name, v in vectors.items():
-            if name not in self._groups:
-                raise ValueError(
-                    f"There is no channel group named {name!r}; the groups are: "
-                    f"{', '.join(map(repr, self._groups))}."
-                )
-            if tuple(v.shape) != self.shapes[name]:
-                raise ValueError(
-                    f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
-                )
+        self._check(vectors)
         for number in range(self.num_batches):
-            yield self._apply(number, [dict(vectors)])[0]
+            product = {name: torch.zeros_like(v) for name, v in vectors.items()}
+            self._apply(number, [dict(vectors)], [product])
+            yield product
 
     def quadratic_forms(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
         r""":math:`v^\top S v` of several vectors of every neuron, for every batch by itself.
@@ -160,7 +149,8 @@ class SplittingOperator:
         count = max((v.shape[1] for v in vectors.values()), default=0)
         many = [{name: v[:, k] for name, v in vectors.items()} for k in range(count)]
         for number in range(self.num_batches):
-            products = self._apply(number, many)
+            products = [{name: torch.zeros_like(v) for name, v in vectors.items()} for vectors in many]
+            self._apply(number, many, products)
             yield {
                 name: torch.stack([(v[:, k] * products[k][name]).sum(-1) for k in range(count)], dim=1)
                 for name, v in vectors.items()
@@ -184,14 +174,25 @@ class SplittingOperator:
 
     # one batch --------------------------------------------------------------------------------------
 
-    def _apply(self, number: int, many: list[Vectors]) -> list[Vectors]:
-        """Products of one batch with several sets of vectors, from one preparation."""
-        answers = [{name: torch.zeros_like(v) for name, v in vectors.items()} for vectors in many]
+    def _check(self, vectors: Mapping[str, Tensor]) -> None:
+        for name, v in vectors.items():
+            if name not in self._groups:
+                raise ValueError(
+                    f"There is no channel group named {name!r}; the groups are: "
+                    f"{', '.join(map(repr, self._groups))}."
+                )
+            if tuple(v.shape) != self.shapes[name]:
+                raise ValueError(
+                    f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
+                )
+
+    def _apply(self, number: int, many: list[Vectors], answers: list[Vectors]) -> None:
+        """Add the products of one batch with several sets of vectors, from one preparation."""
         kept = self._kept.get(number)
         if kept is not None:
             for segment in kept:
                 self._multiply(segment, many, answers)
-            return answers
+            return
         batch = self._batches[number]
         cotangents = self._cotangents(batch, number)
         smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
@@ -226,7 +227,6 @@ class SplittingOperator:
         if keep:
             self._kept[number] = done
             self._kept_bytes += size
-        return answers
 
     def _multiply(self, segment: Segment, many: list[Vectors], answers: list[Vectors]) -> None:
         if self._layout is None:

@@ -108,7 +108,9 @@ class KrylovSpace:
         """The part of the vectors outside the basis; what was inside is added to ``column``."""
         for i, q in enumerate(self.basis):
             inside = (q * vectors).sum(-1)
-            vectors = torch.addcmul(vectors, q, inside.unsqueeze(-1), value=-1.0)
+            # The first time into memory of our own: the product may belong to somebody else.
+            out = vectors if i or column is None else None
+            vectors = torch.addcmul(vectors, q, inside.unsqueeze(-1), value=-1.0, out=out)
             if column is not None:
                 column[:, i] += inside
         return vectors
