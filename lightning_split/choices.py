@@ -334,7 +334,7 @@ def _branch_and_cut(
             integrality=1,
             bounds=Bounds(0, upper),
             constraints=constraints,
-            options={"mip_rel_gap": tolerance, "node_limit": _NUM_NODES},
+            options={"mip_rel_gap": tolerance, "node_limit": _NUM_NODES, "presolve": False},
         )
         if result.x is None:  # none found within the node limit, or none there is
             return None

@@ -129,7 +129,7 @@ class Energy(Cost):
     byte: float = 160.0
     batch_size: int = 1
 
-    unit = "energy"
+    unit = "pJ"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -151,7 +151,7 @@ class Energy(Cost):
                     terms.append(replace(size, factor=each))
             for size, each in outputs(context):
                 terms.append(replace(size, factor=size.factor * 2 * each * self.byte))
-        return Prices.of(terms, unit="energy")
+        return Prices.of(terms, unit="pJ")
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,9 @@ class _Levels:
             return {self.menus[b].group: n for b, n in pairs}
 
         def admissible(options: Index) -> bool:
-            return (
-                bool((cost[kept[options]].sum(0) <= allowance).all())
-                if around
-                else self.fits(counts_of(options))
-            )
+            if self.coupled:  # the costs are approximate, and the caller looks at the true ones
+                return bool((cost[kept[options]].sum(0) <= allowance).all())
+            return self.fits(counts_of(options))
 
         return counts_of(solve_choices(choices, admissible, exact=exact))
 
@@ -159,39 +157,47 @@ class _Levels:
         return {m.group: int(x[i]) for m, x, i in zip(self.menus, levels, where, strict=True) if i}
 
     def _iterated(self) -> Counts:
-        """Knapsacks with the products held at the best choice so far, until none finds a better one.
-
-        On the line from a choice within budget to the next one the gain does not fall (but for rounding), so
-        the last point of it that is within budget is taken.
-        """
-        best: Counts = {}
-        for number in range(_NUM_ROUNDS):
-            new = self._separate(best, exact=False)
-            new = self._climbed(self._towards(best, new))
-            if number and self.gain(new) <= self.gain(best) * (1.0 + 1e-7):
+        """Knapsacks with the products held at the best choice so far, until none finds a better one."""
+        chunk = max(1, max(len(m.levels) for m in self.menus) // _NUM_CHUNKS)
+        best = self._best([self._climbed({}, (chunk, 1)), self._single()])
+        for _ in range(_NUM_ROUNDS):
+            new = self._climbed(self._lowered(self._separate(best, exact=False)))
+            if self.gain(new) <= self.gain(best) * (1.0 + 1e-7):
                 break
-            best = self._best([best, new])
-        return self._best([best, self._single()])
+            best = new
+        return best
 
-    def _towards(self, start: Counts, end: Counts) -> Counts:
-        """The last point within budget between two choices, of which the first is within budget."""
-        if self.fits(end):
-            return end
-        low, high = 0.0, 1.0
-        point = dict(start)
-        for _ in range(12):
-            middle = (low + high) / 2
-            trial: Counts = {}
-            for m in self.menus:
-                a, b = start.get(m.group, 0), end.get(m.group, 0)
-                at = int(np.searchsorted(m.levels, a + middle * (b - a), side="right"))
-                if at:
-                    trial[m.group] = int(m.levels[at - 1])
-            if self.fits(trial):
-                low, point = middle, trial
-            else:
-                high = middle
-        return self._best([dict(start), point])
+    def _lowered(self, counts: Counts) -> Counts:
+        """Level after level less, the least gain per cost first, until the choice is within budget."""
+        counts = dict(counts)
+        over = np.array([limit.prices.added(counts) - limit.allowance for limit in self.limits])
+        heap = [(self._loss(m, counts, over)[0], i) for i, m in enumerate(self.menus) if counts.get(m.group)]
+        heapq.heapify(heap)
+        while heap and not self.fits(counts):
+            while heap and (over > 0).any():
+                _, i = heapq.heappop(heap)
+                menu = self.menus[i]
+                density, level, saved = self._loss(menu, counts, over)
+                if heap and density > heap[0][0]:  # the others have become smaller, so it saves less
+                    heapq.heappush(heap, (density, i))
+                    continue
+                counts[menu.group] = level
+                over = over - saved
+                if level:
+                    heapq.heappush(heap, (self._loss(menu, counts, over)[0], i))
+            over = np.array([limit.prices.added(counts) - limit.allowance for limit in self.limits])
+        return {g: n for g, n in counts.items() if n}
+
+    def _loss(self, menu: Menu, counts: Counts, over: Values) -> tuple[float, int, Values]:
+        """What one level less gives up per share of the budgets that are overrun, and what it saves."""
+        at = int(np.searchsorted(menu.levels, counts[menu.group]))
+        level = int(menu.levels[at - 1]) if at else 0
+        gain = float(menu.gains[at] - (menu.gains[at - 1] if at else 0.0))
+        saved = np.empty(len(self.limits))
+        for r, limit in enumerate(self.limits):
+            less, now = limit.prices.along(counts, menu.group, np.array([level, counts[menu.group]]))
+            saved[r] = now - less
+        return gain / max(float((saved * self._weights)[over > 0].sum()), 1e-300), level, saved
 
     def _climbed(self, counts: Counts, strides: Sequence[int] = (1,)) -> Counts:
         """Level after level, the best gain per cost first, until nothing more fits.

@@ -376,6 +376,11 @@ class TrainerRanks(Ranks):
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that the others follow."""
+        return bool(self._trainer.global_rank == 0)
+
     def mean_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor averaged over the processes, in one collective per dtype and device."""
         if self._trainer.world_size == 1:

@@ -14,6 +14,11 @@ T = TypeVar("T")
 class Ranks:
     """Collectives of one process: nothing to do. :mod:`lightning_split.optim` has the Trainer's."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that the others follow in :meth:`agree`."""
+        return True
+
     def mean_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor averaged over the processes."""
         return tensors

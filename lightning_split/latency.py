@@ -1,0 +1,279 @@
+"""Measured latency as a cost: the layers are timed at a few widths on the user's device."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_split.architecture import Architecture
+from lightning_split.checkpoint import fit_to_state_dict
+from lightning_split.context import GrowthContext
+from lightning_split.costs import Cost
+from lightning_split.counting import LayerCall, layer_calls, port_axis
+from lightning_split.layers import Port, layer_tensors, port_kind, port_sizes, rule_for
+from lightning_split.pricing import Axis, Counts, Prices, Term
+
+__all__ = ["MeasuredLatency"]
+
+Values = npt.NDArray[np.float64]
+# Latency is a staircase in the width, and a stair is flat: one more neuron is never priced below this share
+# of what it costs on average, so that no neuron is free.
+_LEAST_SLOPE = 0.05
+
+
+@dataclass(frozen=True)
+class MeasuredLatency(Cost):
+    """Milliseconds of a forward pass over a batch in the layers that have a rule, as measured on the device.
+
+    Each layer that grows is timed by itself on inputs of the sizes that it really gets, at its present
+    width and at some larger ones in every direction in which it can grow; between them the time is
+    interpolated. Layers of equal sizes are timed once. A layer that cannot be run by itself at another
+    width is taken to cost in proportion to its weights. Only the first process measures; the others are
+    told.
+
+    What was measured is kept in this object and in the callback's checkpoints, so that a resumed run takes
+    the same decisions on the same device.
+
+    Args:
+        factors: Widths at which layers are timed, in multiples of the present one; the first is 1.
+        repeats: Runs of which the median counts, after a third as many to warm up.
+        backward: Time the backward pass too, for the latency of training.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Cost: for each kind of layer, ``len(factors)`` widths to the power of the directions in which it grows,
+    times ``repeats`` runs of that layer.
+    """
+
+    factors: tuple[float, ...] = (1.0, 1.5, 2.0)
+    repeats: int = 9
+    backward: bool = False
+    _table: dict[str, list[float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    unit = "ms"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        object.__setattr__(self, "factors", tuple(map(float, self.factors)))
+        rising = all(a < b for a, b in itertools.pairwise(self.factors))
+        if len(self.factors) < 2 or self.factors[0] != 1.0 or not rising:
+            raise ValueError(
+                "MeasuredLatency needs rising factors of which the first is 1, such as (1, 1.5, 2), got "
+                f"{self.factors!r}."
+            )
+        if self.repeats < 1:
+            raise ValueError(f"MeasuredLatency needs repeats of at least 1, got {self.repeats!r}.")
+
+    def price(self, context: GrowthContext) -> Prices:
+        """See :meth:`Cost.price`."""
+        calls = [_Call(context.arch, call, self) for call in layer_calls(context)]
+        missing = {call.key: call for call in reversed(calls) if call.key not in self._table}
+        measured: dict[str, list[float]] = {}
+        if context.ranks.is_first:
+            measured = {key: call.measured() for key, call in missing.items()}
+        self._table.update(context.ranks.agree(measured))
+        terms: list[Term] = []
+        total = 0.0
+        for call in calls:
+            term = call.term(self._table[call.key])
+            total += float(term.at({}))
+            if any(axis.growth for axis in term.axes):
+                terms.append(term)
+        return Prices(total, {}, tuple(terms), "ms")
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`Cost.state_dict`."""
+        return {"latency": {key: list(times) for key, times in self._table.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Cost.load_state_dict`."""
+        self._table.update({key: list(times) for key, times in state.get("latency", {}).items()})
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Time of a layer as a function of its sizes, interpolated in a grid of measurements."""
+
+    axes: tuple[Axis, ...]
+    grid: tuple[tuple[float, ...], ...]  # sizes along each axis
+    times: Any  # (len(grid[0]), len(grid[1]), …)
+
+    @cached_property
+    def _interpolated(self) -> RegularGridInterpolator:
+        return RegularGridInterpolator(self.grid, self.times, bounds_error=False, fill_value=None)
+
+    def at(self, counts: Counts) -> Values:
+        """The time after a growth."""
+        if not self.axes:
+            return np.asarray(self.times)
+        sizes = np.broadcast_arrays(*(axis.at(counts) for axis in self.axes))
+        return np.asarray(self._interpolated(np.stack(sizes, axis=-1))).reshape(sizes[0].shape)
+
+
+class _Call:
+    """One call of a layer: what is timed, and under which name the times are kept."""
+
+    def __init__(self, arch: Architecture, call: LayerCall, cost: MeasuredLatency) -> None:
+        self.call, self.cost = call, cost
+        sizes = port_sizes(call.layer)
+        found = {
+            port: port_axis(arch, call.path, port, size)
+            for port, size in sizes.items()
+            if (call.path, port) in arch.ports
+        }
+        self.axes: dict[Port, Axis] = {port: axis for port, axis in found.items() if axis.growth}
+        self.sizes = sizes
+        self.key = self._key()
+
+    def _key(self) -> str:
+        """Layers of one key take equally long: device, kind, attributes, shapes, and how they are timed."""
+        layer = self.call.layer
+        tensors = [f"{n}{tuple(t.shape)}{t.dtype}" for n, (t, _) in layer_tensors(layer).items()]
+        inputs = [f"{tuple(t.shape)}{t.dtype}" for t in _tensors((self.call.args, self.call.kwargs))]
+        where = {_device_name(t) for t in [*layer.parameters(), *_tensors(self.call.args)]}
+        settings = (self.cost.factors, self.cost.repeats, self.cost.backward)
+        kind = (type(layer).__name__, layer.extra_repr())
+        parts = (sorted(where), kind, tensors, inputs, [*self.axes], settings)
+        return "; ".join(map(str, parts))
+
+    @property
+    def grid(self) -> tuple[tuple[float, ...], ...]:
+        """Sizes at which the layer is timed, along each axis on which it grows."""
+        return tuple(
+            tuple(
+                float(max(axis.size + number, round(axis.size * factor)))
+                for number, factor in enumerate(self.cost.factors)
+            )
+            for axis in self.axes.values()
+        )
+
+    def measured(self) -> list[float]:
+        """Milliseconds at every point of the grid, the last axis running fastest."""
+        points = list(itertools.product(*self.grid))
+        first = self._timed({})
+        times = [first]
+        try:
+            times += [self._timed(dict(zip(self.axes, map(int, p), strict=True))) for p in points[1:]]
+        except Exception:  # the layer needs something that only its network gives it
+            return [first * self._weights(p) / max(1.0, self._weights(points[0])) for p in points]
+        return times
+
+    def _shapes(self, sizes: Mapping[Port, int]) -> dict[str, list[int]]:
+        """Shapes of the layer's tensors at other sizes."""
+        sizes = self.sizes | dict(sizes)
+        shapes = {}
+        for name, (tensor, axes) in layer_tensors(self.call.layer).items():
+            shapes[name] = list(tensor.shape)
+            for axis, blocks in axes.items():
+                shapes[name][axis] = sum(sizes[b.port] * b.multiple for b in blocks)
+        return shapes
+
+    def _weights(self, point: Sequence[float]) -> float:
+        """Number of weights at other sizes."""
+        shapes = self._shapes(dict(zip(self.axes, map(int, point), strict=True)))
+        return float(sum(math.prod(shape) for shape in shapes.values()))
+
+    def _resized(self, sizes: Mapping[Port, int]) -> nn.Module:
+        """A copy of the layer at other sizes, with weights that are ordinary numbers."""
+        layer = deepcopy(self.call.layer).eval()
+        if sizes:
+            shapes = self._shapes(sizes)
+            fit_to_state_dict(layer, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
+            if self._shapes(sizes) != {n: list(t.shape) for n, (t, _) in layer_tensors(layer).items()}:
+                raise ValueError("the layer has no such sizes")
+            with torch.no_grad():
+                for tensor, _ in layer_tensors(layer).values():
+                    tensor.fill_(0.5)
+        return layer
+
+    def term(self, times: Sequence[float]) -> _Lookup:
+        """The lookup, made to rise with every size."""
+        grid = self.grid
+        table = np.array(times, dtype=np.float64).reshape([len(g) for g in grid])
+        for axis, sizes in enumerate(grid):
+            start = np.take(table, [0], axis)
+            table = np.maximum.accumulate(table, axis)
+            shape = [-1 if d == axis else 1 for d in range(len(grid))]
+            grown = np.array(sizes).reshape(shape) / sizes[0] - 1.0
+            table = np.maximum(table, start * (1.0 + _LEAST_SLOPE * grown))
+        return _Lookup(tuple(self.axes.values()), grid, table)
+
+    def _timed(self, sizes: Mapping[Port, int]) -> float:
+        """Median milliseconds of the layer at some sizes, on inputs of the sizes that go with them."""
+        layer = self._resized(sizes)
+        args, kwargs = self._inputs(sizes)
+        times = []
+        with torch.enable_grad() if self.cost.backward else torch.no_grad():
+            for run in range(self.cost.repeats + (self.cost.repeats + 2) // 3):
+                with _stopwatch(args) as elapsed:
+                    output = layer(*args, **kwargs)
+                    if self.cost.backward:
+                        heads = [t.sum() for t in _tensors(output) if t.requires_grad]
+                        if heads:
+                            torch.autograd.backward(heads)
+                if run >= (self.cost.repeats + 2) // 3:
+                    times.append(elapsed[0])
+        return statistics.median(times)
+
+    def _inputs(self, sizes: Mapping[Port, int]) -> tuple[Any, Any]:
+        """The inputs of the call; where the layer reads more neurons, they are repeated."""
+        rule = rule_for(self.call.layer)
+        reads = [port for port in self.sizes if port_kind(port) in ("in", "through")]
+        old = sum(self.sizes[port] for port in reads)
+        new = sum(sizes.get(port, self.sizes[port]) for port in reads)
+        assert rule is not None
+
+        def grown(x: Tensor) -> Tensor:
+            axis = rule.neuron_axis(self.call.layer, x) if x.ndim > 1 and x.is_floating_point() else None
+            if axis is not None and new != old and old and x.shape[axis] % old == 0:
+                length = x.shape[axis] // old * new
+                index = torch.arange(length, device=x.device) % x.shape[axis]
+                x = x.index_select(axis, index)
+            return x.detach().requires_grad_(self.cost.backward and x.is_floating_point())
+
+        args, kwargs = tree_map_only(Tensor, grown, (self.call.args, self.call.kwargs))
+        return args, kwargs
+
+
+@contextmanager
+def _stopwatch(args: Any) -> Iterator[list[float]]:
+    """Milliseconds of the block, put into the list; waits for the accelerator."""
+    elapsed: list[float] = []
+    devices = {t.device for t in _tensors(args) if t.device.type not in ("cpu", "meta")}
+
+    def wait() -> None:
+        for device in devices:
+            torch.accelerator.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    yield elapsed
+    wait()
+    elapsed.append(1e3 * (time.perf_counter() - start))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, value)
+    return found
+
+
+def _device_name(tensor: Tensor) -> str:
+    device = tensor.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
