@@ -1,8 +1,10 @@
 """Grow the width of a network while it trains, by splitting neurons."""
 
 import lightning_split.composites  # noqa: F401  (registers the rules of recurrence and attention)
+from lightning_split.budgets import Target
 from lightning_split.callback import SplittingCallback
 from lightning_split.checkpoint import enable_growth, fit_to_state_dict, load_grown
+from lightning_split.costs import Activations, Cost, Energy, Macs, Params, PerNeuron, Transformed
 from lightning_split.eigen import Exact, Lanczos, RayleighDescent
 from lightning_split.growers import (
     Folding,
@@ -15,6 +17,7 @@ from lightning_split.growers import (
     SteepestSplitting,
 )
 from lightning_split.growth import grow
+from lightning_split.latency import MeasuredLatency
 from lightning_split.layers import LayerRule, register_layer_rule
 from lightning_split.report import GrowthReport
 from lightning_split.selection import KnapsackEnergy, SelectionStrategy, Threshold, TopK
@@ -27,6 +30,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Absolute",
+    "Activations",
+    "Cost",
+    "Energy",
     "Every",
     "Exact",
     "Folding",
@@ -37,9 +43,13 @@ __all__ = [
     "Lanczos",
     "LayerRule",
     "LineSearch",
+    "Macs",
+    "MeasuredLatency",
     "Mixed",
     "Net2Net",
     "NewNeurons",
+    "Params",
+    "PerNeuron",
     "Plateau",
     "RandomSplit",
     "RayleighDescent",
@@ -47,8 +57,10 @@ __all__ = [
     "SelectionStrategy",
     "SplittingCallback",
     "SteepestSplitting",
+    "Target",
     "Threshold",
     "TopK",
+    "Transformed",
     "Trigger",
     "enable_growth",
     "fit_to_state_dict",

@@ -93,6 +93,8 @@ class SplittingCallback(Callback):
         max_growths: Stop growing after so many growths.
         max_params: Never exceed so many parameters.
         max_macs: Never exceed so many multiply-accumulates per sample.
+        stop_when_done: Stop training when the trigger asks for a growth and there is none to be had: nothing
+            is worth splitting, or a limit is reached. The last growth still gets its training.
         optimizer_state: ``"transfer"`` lets moments follow their neurons, ``"reset"`` starts them anew.
         lr_schedule: ``"keep"`` lets learning-rate schedules run on, ``"restart"`` starts them anew.
         seed: Makes growths repeatable bit for bit.
@@ -128,6 +130,7 @@ class SplittingCallback(Callback):
         max_growths: int | None = None,
         max_params: int | None = None,
         max_macs: float | None = None,
+        stop_when_done: bool = False,
         optimizer_state: Literal["transfer", "reset"] = "transfer",
         lr_schedule: Literal["keep", "restart"] = "keep",
         seed: int = 0,
@@ -165,6 +168,7 @@ class SplittingCallback(Callback):
         self.max_growths = max_growths
         self.max_params = max_params
         self.max_macs = max_macs
+        self.stop_when_done = stop_when_done
         self.optimizer_state = optimizer_state
         self.lr_schedule = lr_schedule
         self.seed = seed
@@ -242,10 +246,16 @@ class SplittingCallback(Callback):
             self._monitor.validation_ends(trainer)
 
     def _grow_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or averaging_done(trainer) or self._exhausted():
+        if trainer.sanity_checking or averaging_done(trainer):
+            return
+        exhausted = self._exhausted()
+        if exhausted and not self.stop_when_done:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
         if not self.trigger.due(epoch=epoch, step=step):
+            return
+        if exhausted:
+            self._stop(trainer, pl_module, f"max_growths={self.max_growths} is reached")
             return
         batches = self._batches(trainer, pl_module)
         if batches is None:
@@ -259,6 +269,13 @@ class SplittingCallback(Callback):
             return
         self.trigger.fired(epoch=epoch, step=step)
         self._record(trainer, pl_module, report)
+        if self.stop_when_done and not report.splits:
+            self._stop(trainer, pl_module, "no split is worth its cost and within the limits")
+
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, why: str) -> None:
+        if self.verbose and not trainer.should_stop:
+            pl_module.print(f"Growth is done, and training stops: {why}.")
+        trainer.should_stop = True
 
     def _exhausted(self) -> bool:
         growths = sum(1 for event in self.history if event["num_splits"])
@@ -357,6 +374,7 @@ class SplittingCallback(Callback):
                 barred=self.barred,
                 max_params=self.max_params,
                 max_macs=self.max_macs,
+                seed_cost=self.history[0]["cost_before"] if self.history else None,
                 seed=self._growth_seed,
                 ranks=TrainerRanks(trainer),
             )
@@ -397,6 +415,8 @@ class SplittingCallback(Callback):
                 "loss_after": float(report.loss_after),
                 "params": int(report.cost_after.params),
                 "macs": float(report.cost_after.macs),
+                "cost_before": float(report.spending.before),
+                "spent": float(report.spending.spent),
                 "widths_before": dict(report.widths_before),
                 "widths_after": dict(report.widths_after),
             }
@@ -425,6 +445,7 @@ class SplittingCallback(Callback):
             "monitor": self._monitor.state_dict(),
             "lineage": self.lineage.to_dict(),
             "barred": self.barred,
+            "strategy": self.strategy.state_dict(),
         }
         return deepcopy(state)  # it may be written later, by another thread
 
@@ -449,6 +470,7 @@ class SplittingCallback(Callback):
         self.trigger.load_state_dict(state_dict["trigger"])
         self.lineage = Lineage.from_dict(state_dict["lineage"])
         self.barred = dict(state_dict["barred"])
+        self.strategy.load_state_dict(state_dict["strategy"])
         self._monitor.load_state_dict(state_dict["monitor"])
 
 

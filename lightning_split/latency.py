@@ -46,8 +46,9 @@ class MeasuredLatency(Cost):
     width is taken to cost in proportion to its weights. Only the first process measures; the others are
     told.
 
-    What was measured is kept in this object and in the callback's checkpoints, so that a resumed run takes
-    the same decisions on the same device.
+    What was measured is kept in this object and in the callback's checkpoints. Sizes that a resumed run is
+    the first to meet are timed anew, and no two measurements agree: with this cost alone a resumed run may
+    decide otherwise than the uninterrupted one.
 
     Args:
         factors: Widths at which layers are timed, in multiples of the present one; the first is 1.
