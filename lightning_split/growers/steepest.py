@@ -139,23 +139,23 @@ def _candidates(
     error = values.std(0, unbiased=True) / count**0.5 if count > 1 else torch.zeros_like(mean)
     before = pairs.values.double().cpu() @ alphas.T
     vectors = pairs.vectors.cpu()
-    best = mean.argmin(1)
+    best, means, errors, estimates = (t.tolist() for t in (mean.argmin(1), mean, error, before))
     for neuron, length in enumerate(lengths.tolist()):
         scale = length**2 / 2
-        for k in range(len(offered)) if every else [int(best[neuron])]:
+        for k in range(len(offered)) if every else [best[neuron]]:
             scheme = offered[k]
-            value = float(mean[neuron, k])
+            value = means[neuron][k]
             candidate = Candidate(
                 group=name,
                 neuron=neuron,
                 gain=-scale * value,
                 splitting_index=value,
-                standard_error=scale * float(error[neuron, k]),
+                standard_error=scale * errors[neuron][k],
                 scheme=scheme.name,
                 weights=scheme.weights,
                 displacements=length * torch.tensor(scheme.along, dtype=vectors.dtype) @ vectors[neuron],
             )
-            yield candidate, -scale * float(before[neuron, k])
+            yield candidate, -scale * estimates[neuron][k]
 
 
 def rayleigh_quotients(
@@ -164,11 +164,20 @@ def rayleigh_quotients(
     """Rayleigh quotients of both extreme vectors of every neuron, batch by batch: ``(batches, N, 2)``.
 
     Costs one preparation and two products per batch.
+
+    Raises:
+        ValueError: If one is not finite, naming the group.
     """
     vectors = {name: p.vectors for name, p in pairs.items()}
     samples: dict[str, list[Tensor]] = {name: [] for name in vectors}
     for forms in operator.quadratic_forms(vectors):
         for name, values in forms.items():
             samples[name].append(values)
-    both = {name: torch.stack(values) for name, values in samples.items()}
-    return ranks.gather_of(both)
+    both = ranks.gather_of({name: torch.stack(values) for name, values in samples.items()})
+    for name, values in both.items():
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"The Rayleigh quotients of group '{name}' on fresh batches are not finite; check the loss "
+                "for NaN or infinity, or measure in a higher precision."
+            )
+    return both
