@@ -393,6 +393,27 @@ def _index_add(op: Operation) -> None:
         op.give(op.outputs[0], labels.expand(op.outputs[0].shape))
 
 
+# sequences of several lengths --------------------------------------------------------------------------
+
+
+def _pack(op: Operation) -> None:
+    """Samples and steps become one axis."""
+    labels = op.labels()
+    if labels is None or any(op.mode.varying(labels)[:2]):
+        op.refuse(f"{op.name} mixes the axis of the neurons with samples and steps")
+        return
+    op.mode.set(op.outputs[0], labels[0, 0].expand(op.outputs[0].shape))
+
+
+def _unpack(op: Operation) -> None:
+    """And two again, with padding that is the same for all neurons."""
+    labels = op.labels()
+    if labels is None or op.mode.varying(labels)[0]:
+        op.refuse(f"{op.name} mixes the axis of the neurons with samples and steps")
+        return
+    op.mode.set(op.outputs[0], labels[0].expand(op.outputs[0].shape))
+
+
 # what is registered -----------------------------------------------------------------------------------
 
 
@@ -431,6 +452,8 @@ MOVEMENTS: dict[str, Action] = {
     **dict.fromkeys(["index", "_unsafe_index"], _index),
     **dict.fromkeys([*_both("index_put"), "_unsafe_index_put", "_index_put_impl_"], _index_put),
     "gather": _gather,
+    "_pack_padded_sequence": _pack,
+    "_pad_packed_sequence": _unpack,
     **dict.fromkeys(_both("scatter", "scatter_add", "scatter_reduce"), _scatter),
     **dict.fromkeys(_both("index_add", "index_copy", "index_reduce", "index_fill"), _index_add),
 }

@@ -46,8 +46,10 @@ def _pointwise(op: Operation) -> None:
         op.refuse(_READ)
         return
     shape = op.outputs[0].shape
-    labelled = [t for t in op.labelled if not mode.constants.uniform(t)] or op.labelled
-    vary = _varying(op, labelled, shape)
+    solid = [t for t in op.labelled if not mode.constants.uniform(t)] or op.labelled
+    vary = _varying(op, solid, shape)
+    # A constant as wide as some neurons (zeros_like) makes others as wide, if it lies along them.
+    labelled = [t for t in op.labelled if any(t is s for s in solid) or _varying(op, [t], shape) == vary]
     if any(op.foreign(t, vary) for t in op.inputs):
         return
     pairs: list[Tensor] = []

@@ -641,8 +641,8 @@ def test_a_learned_initial_state_grows_along() -> None:
         assert not arch.groups
 
 
-def test_padding_a_packed_output_is_exact_or_refused() -> None:
-    """Whatever the tracer makes of unpacking, nothing grows wrongly."""
+def test_neurons_go_through_packing_and_padding() -> None:
+    """Both move samples and steps only."""
 
     def run(s: Any, x: Tensor) -> Tensor:
         return s.o(pad_packed_sequence(s.r(packed(torch.tanh(s.i(x))))[0])[0])
@@ -651,7 +651,22 @@ def test_padding_a_packed_output_is_exact_or_refused() -> None:
     x = rnd(3, 4, 3)
     randomise(model, x)
     arch: Architecture = assert_splits_exactly(model, x)
-    assert {"i", "r"} == {g.name for g in arch.groups} | {u.name for u in arch.unsplittable} - {"o"}
+    assert {"i", "r"} == {g.name for g in arch.groups}
+
+
+def test_a_state_as_wide_as_other_neurons_ties_the_cell_to_them() -> None:
+    """``zeros_like`` of what feeds the cell is its first state."""
+
+    def run(s: Any, x: Tensor) -> Tensor:
+        e = torch.tanh(s.i(x))
+        h = torch.zeros_like(e)
+        for _ in range(2):
+            h = s.c(e, h)
+        return s.o(h)
+
+    model, x = Block(run, i=nn.Linear(3, 4), c=nn.GRUCell(4, 4), o=nn.Linear(4, 2)), rnd(4, 3)
+    randomise(model, x)
+    assert assert_splits_exactly(model, x).group("i").producers == ("i", "c")
 
 
 def test_queries_and_keys_are_listed_with_the_reason() -> None:

@@ -197,6 +197,18 @@ def _scale(b: Builder) -> nn.Module:
     return Block(lambda s, x: F.dropout(x * s.gain, 0.0, s.training), gain=nn.Parameter(torch.ones(())))
 
 
+def _vectors(b: Builder) -> nn.Module:
+    act, c = b.act(), b.channels
+    shape = (-1, *[1] * b.dims)
+    return Block(
+        lambda s, x: x + s.scale.view(shape) * act(s.a(x) + torch.tanh(s.shift)) + s.state.view(1, *shape),
+        a=b.conv(c, c),
+        scale=nn.Parameter(torch.ones(c)),
+        shift=nn.Parameter(torch.ones(c, *shape[1:])),
+        state=nn.Parameter(torch.ones(c)),
+    )
+
+
 def _pick(b: Builder) -> nn.Module:
     return Block(lambda s, x: x[torch.tensor([2, 0, 1, 3])][..., torch.tensor([1, 0])])
 
@@ -280,6 +292,7 @@ SMOOTH: dict[str, Make] = {
     for f in (
         *(_conv, _norm, _residual, _concat, _fork, _depthwise, _excite, _gate, _shared, _average, _instance),
         *(_transposed, _narrow, _stack, _halves, _channels_last, _context, _crop, _resize, _scale, _pick),
+        _vectors,
     )
 }
 PLAIN = SMOOTH | {f.__name__[1:]: f for f in (_prelu, _maximum)}
@@ -516,9 +529,9 @@ def test_repeated_growth_stays_exact(
     assert arch.groups
 
 
-@settings(**_quick, max_examples=12)
+@settings(**_quick, max_examples=20)
 @given(
-    st.lists(st.sampled_from(sorted(SMOOTH)), min_size=1, max_size=3),
+    st.lists(st.sampled_from(sorted(SMOOTH | TRICKY)), min_size=1, max_size=3),
     st.sampled_from(FLATTENED),
     st.lists(st.sampled_from([n for n in FLAT if n != "prelu"]), max_size=1),
     st.integers(1, 2),
@@ -528,7 +541,7 @@ def test_the_remainder_of_the_prediction_falls_as_the_fourth_power(
     names: list[str], flatten: str, flat: list[str], dims: int, seed: int
 ) -> None:
     """Rule 3: one neuron of every group at once, (1/2, 1/2) along +-v; the gains add up."""
-    model, x = network([SMOOTH[n] for n in names], flatten, flat, dims, seed)
+    model, x = network([(SMOOTH | TRICKY)[n] for n in names], flatten, flat, dims, seed)
     targets = outputs(model, x, False)[0] + 1.0
 
     def loss(m: nn.Module, batch: Tensor) -> Tensor:
