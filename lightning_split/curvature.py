@@ -223,7 +223,6 @@ class SplittingOperator:
                 self._multiply(segment, many, answers)
                 if keep:
                     done.append(segment)
-                del segment  # before the next one is differentiated
         if keep:
             self._kept[number] = done
             self._kept_bytes += size

@@ -71,8 +71,10 @@ def _convolution(
 ) -> Tensor | None:
     if input.requires_grad or not weight.requires_grad or isinstance(padding, str):
         return None
-    if input.ndim != dims + 2 or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
+    if input.ndim != dims + 2 or input.dtype != weight.dtype or not input.is_floating_point():
         return None
+    if torch.is_autocast_enabled(input.device.type) or torch._C._functorch.maybe_current_level() is not None:
+        return None  # the forward pass would cast, or be transformed by vmap, out of our sight
     options = (*(_tuple(value, dims) for value in (stride, padding, dilation)), groups)
     found: Tensor = _Convolution.apply(weight, input, function, options)
     return found if bias is None else found + bias.view(-1, *[1] * dims)
