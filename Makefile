@@ -17,7 +17,7 @@ test: lint types docs
 	$(ONE_THREAD) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 slow: .venv/dev.stamp
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 zoo: .venv/dev.stamp
 	$(BIN)/python benchmarks/zoo.py --write docs/zoo.md

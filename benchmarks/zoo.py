@@ -115,37 +115,16 @@ def deviation(name: str, seed: int = 0) -> float:
     largest output.
     """
     sys.path.insert(0, str(ROOT / "tests"))
-    import copy
-
-    import numpy as np
+    import exactness
     import torch
-    from test_exactness import randomise, splits
-
-    from lightning_split import split_neurons, trace
 
     torch.manual_seed(seed)
     size = SMALL.get(name, 64)
     options = {"image_size": 56 if name == "vit_h_14" else 64} if name.startswith("vit") else {}
     size = options.get("image_size", size)
     model, x = build(name, **options).double(), torch.randn(2, 3, size, size, dtype=torch.float64)
-    randomise(model, x, seed)
-    has_statistics = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
-
-    def outputs(train: bool) -> list[Any]:
-        run = copy.deepcopy(model) if train and has_statistics else model
-        with torch.no_grad():
-            out = run.train(train)(x)
-        return [out] if isinstance(out, torch.Tensor) else [t for t in out if t is not None]
-
-    expected = {train: outputs(train) for train in (False, True)}
-    worst, rng = 0.0, np.random.default_rng(seed)
-    for kind in ("copies", "ghosts"):  # one after the other on the same model: it is grown twice
-        arch = trace(model, x)
-        split_neurons(model, splits(arch, rng, kind), arch=arch)
-        for train in (False, True):
-            for a, b in zip(expected[train], outputs(train), strict=True):
-                worst = max(worst, float((a - b).abs().max() / a.abs().max()))
-    return worst
+    exactness.randomise(model, x, seed)
+    return exactness.deviation(model, x, seed)
 
 
 def share(arch: Any) -> tuple[int, int]:

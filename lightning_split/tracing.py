@@ -182,6 +182,7 @@ class _Tracer(Watcher):
         self.ports: dict[PortKey, Tensor] = {}
         self.starved: set[str] = set()  # layers through which no sample has gone
         self.loose: dict[PortKey, Tensor] = {}  # ids along the axes of loose tensors that were looked at
+        self._made: dict[PortKey, Tensor] = {}  # ids of all channels of an output, tile by tile
         self.uses: dict[str, float] = defaultdict(float)
         self.leaked: dict[tuple[str, str], str] = {}
         self.seen: dict[bool, Readings] = {}
@@ -366,10 +367,12 @@ class _Tracer(Watcher):
             profile = profile.repeat_interleave(x.shape[axis] // size)
         else:
             key: PortKey = (path, port)
-            tiles = rule.tiles(layer)
-            if key not in self.ports:
-                self.ports[key] = torch.from_numpy(self.table.mint(x.shape[axis] // tiles))
-            profile = self.ports[key].repeat(tiles)
+            if key not in self._made:
+                self._made[key] = torch.from_numpy(self.table.mint(x.shape[axis]))
+                rows = self._made[key].view(rule.tiles(layer), -1)
+                self.table.tie(rows[:1].expand(rows.shape).flatten().numpy(), rows.flatten().numpy())
+                self.ports[key] = rows[0].clone()
+            profile = self._made[key]
         shape = [1] * x.ndim
         shape[axis] = -1
         mode.set(x, profile.view(shape).expand(x.shape))

@@ -22,7 +22,8 @@ from lightning_split.surgery import Split, Surgery
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from test_exactness import Block, assert_splits_exactly, depends_on_every_group, outputs, randomise, splits
+from exactness import assert_splits_exactly, depends_on_every_group, outputs, randomise, splits
+from test_exactness import Block
 from test_optim import expected, snapshot
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Every group that trace calls splittable splits exactly: random networks, and torchvision's families."""
+"""Every group that trace calls splittable splits exactly: random networks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning_split import split_neurons, trace
-from lightning_split.architecture import Architecture
 from lightning_split.curvature import SplittingOperator
 from lightning_split.surgery import Split
 from torch import Tensor, nn
+
+from exactness import assert_splits_exactly, depends_on_every_group, outputs, randomise
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -375,105 +375,6 @@ def network(
     return model, x
 
 
-def randomise(model: nn.Module, x: Tensor, seed: int = 0) -> None:
-    """Random parameters at a scale that neither fades nor explodes, random BatchNorm statistics, no dropout.
-
-    Zero-initialised heads and scales would hide every mistake behind them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=generator)
-
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for p in model.parameters():
-            fan = p[0].numel() if p.ndim > 1 else 1
-            p.copy_(noise(p) * (2 / fan) ** 0.5 if fan > 1 else 0.7 + 0.3 * noise(p))
-        for m in model.modules():
-            if "Dropout" in type(m).__name__ or type(m).__name__ == "StochasticDepth":
-                m.p = 0.0
-            if getattr(m, "bias", None) is not None and isinstance(m.bias, nn.Parameter):
-                m.bias.copy_(0.3 * noise(m.bias))
-        for m in norms:
-            m.momentum = 1.0
-        model.train()(x)
-        for m in norms:
-            m.momentum = 0.1
-            m.running_mean.add_(0.3 * m.running_var.sqrt() * noise(m.running_mean))
-            m.running_var.mul_(0.5 + torch.rand(m.running_var.shape, generator=generator)).clamp_(1e-3)
-
-
-# what must hold ------------------------------------------------------------------------------------
-
-
-def outputs(model: nn.Module, x: Tensor, train: bool) -> list[Tensor]:
-    """All outputs of a copy, so that the statistics of the model stay."""
-    with torch.no_grad():
-        out = copy.deepcopy(model).train(train)(x)
-    return [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
-
-
-def splits(arch: Architecture, rng: np.random.Generator, kind: str) -> list[Split]:
-    """Splits of up to two neurons of each group that must not change the function.
-
-    ``copies`` have unequal weights, two or three offspring and no displacement. ``ghosts`` have weight zero
-    and may stand anywhere: this shows if the offspring are told apart in the right places.
-    """
-    found = []
-    for group in arch.groups:
-        for neuron in rng.choice(group.width, min(2, group.width), replace=False):
-            m = int(rng.integers(2, 4))
-            weights: tuple[float, ...] = ((2.0, -1.0), (1.5, -1.0, 0.5))[m - 2]
-            moved = torch.zeros(m, group.dim)
-            if kind == "ghosts":
-                alive = int(rng.integers(m))
-                weights = tuple(float(i == alive) for i in range(m))
-                moved = torch.from_numpy(0.5 * rng.standard_normal((m, group.dim)))
-                moved[alive] = 0.0
-            found.append(Split(group.name, int(neuron), weights, moved))
-    return found
-
-
-def assert_splits_exactly(model: nn.Module, x: Tensor, *, rounds: int = 1, seed: int = 0) -> Architecture:
-    """Split neurons of all groups at once, again and again; outputs stay in eval and in train mode."""
-    rng = np.random.default_rng(seed)
-    expected = {train: outputs(model, x, train) for train in (False, True)}
-    assert all(t.isfinite().all() and t.abs().max() > 1e-6 for ts in expected.values() for t in ts)
-    first = None
-    for _ in range(rounds):
-        arch = trace(model, x)
-        first = first or arch
-        for kind in ("copies", "ghosts"):
-            grown = copy.deepcopy(model)
-            split_neurons(grown, splits(arch, rng, kind), arch=arch)
-            for train in (False, True):
-                for a, b in zip(expected[train], outputs(grown, x, train), strict=True):
-                    message = f"{kind}, {train=}: %s"
-                    torch.testing.assert_close(
-                        b, a, rtol=0, atol=1e-9 * float(a.abs().max()), msg=message.__mod__
-                    )
-            if rounds > 1:
-                arch, model = trace(grown, x), grown
-    assert first is not None
-    return first
-
-
-def depends_on_every_group(model: nn.Module, x: Tensor, arch: Architecture) -> list[str]:
-    """The groups whose displacement does not show in the outputs: there the test above proves nothing."""
-    silent = []
-    (expected,) = outputs(model, x, False)
-    for group in arch.groups:
-        grown = copy.deepcopy(model)
-        moved = torch.ones(2, group.dim) * 0.1
-        split = Split(group.name, (group.width - 1) // 2, (0.5, 0.5), moved)
-        split_neurons(grown, [split], arch=arch)
-        (new,) = outputs(grown, x, False)
-        if float((new - expected).abs().max()) < 1e-8 * float(expected.abs().max()):
-            silent.append(group.name)
-    return silent
-
-
 _names = st.lists(st.sampled_from(sorted(PLAIN)), min_size=1, max_size=4)
 _flat = st.lists(st.sampled_from(FLAT), max_size=2)
 _quick: dict[str, Any] = {
@@ -572,70 +473,3 @@ def test_the_remainder_of_the_prediction_falls_as_the_fourth_power(
     large, small = abs(remainder(2e-2)), abs(remainder(1e-2))
     assert large <= 0.1 * 0.5 * 4e-4 * scale + 1e-12
     assert small <= large / 10 + 1e-12
-
-
-# torchvision ---------------------------------------------------------------------------------------
-
-
-def _vision(name: str, size: int) -> tuple[nn.Module, Tensor]:
-    models = pytest.importorskip("torchvision").models
-    x = torch.randn(2, 3, size, size)
-    if name == "vit":
-        model = models.VisionTransformer(size, 8, 2, 4, 24, 40, num_classes=5)
-    else:
-        options = {"init_weights": False} if name == "googlenet" else {}
-        model = getattr(models, name)(weights=None, num_classes=5, **options)
-    if name.startswith(("alexnet", "vgg")):  # the same, but for 4096 wide layers, which are slow in float64
-        head = [m for m in model.classifier if isinstance(m, nn.Linear)]
-        model.classifier = nn.Sequential(
-            nn.Linear(head[0].in_features, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)
-        )
-    randomise(model, x)
-    return model, x
-
-
-def _positions(arch: Architecture) -> tuple[int, int]:
-    """Channels of all producers that can grow, and all but the output's."""
-    grouped = {i for g in arch.groups for i in g.neurons}
-    output = {u.name for u in arch.unsplittable if "part of the model's output" in u.reason}
-    found, total = 0, 0
-    for (path, port), here in arch.ports.items():
-        if port == "out" and path not in output:
-            found += int(np.isin(here.neuron, list(grouped)).sum())
-            total += len(here.neuron)
-    return found, total
-
-
-def _slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-# name, size of the image, share of the hidden channels that can be split
-FAMILIES = [
-    ("squeezenet1_1", 48, 1.0),
-    ("resnet18", 48, 1.0),
-    ("mobilenet_v2", 48, 1.0),
-    ("mobilenet_v3_small", 48, 1.0),
-    ("mnasnet0_5", 48, 1.0),
-    ("shufflenet_v2_x0_5", 64, 0.85),  # the shuffles of its third stage couple all channels with each other
-    _slow("efficientnet_b0", 64, 1.0),
-    _slow("regnet_y_400mf", 64, 1.0),
-    _slow("googlenet", 64, 1.0),  # with its auxiliary heads in train mode
-    _slow("alexnet", 127, 1.0),  # 3x3 maps, resampled to 6x6: a flattened neuron is not constant in space
-    _slow("vgg11_bn", 64, 1.0),
-    _slow("wide_resnet50_2", 64, 1.0),
-    _slow("densenet121", 64, 1.0),
-    # Behind a layer norm are only the inner channels of the MLPs and the values of attention.
-    _slow("convnext_tiny", 32, 0.5),
-    _slow("swin_t", 32, 0.5),
-    _slow("vit", 32, 0.4),
-]
-
-
-@pytest.mark.parametrize(("name", "size", "share"), FAMILIES)
-def test_torchvision_models_split_exactly(name: str, size: int, share: float) -> None:
-    """Rule 2 on every group of a model of each family, and how much of the model those groups are."""
-    model, x = _vision(name, size)
-    arch = assert_splits_exactly(model, x)
-    found, total = _positions(arch)
-    assert found >= share * total, str(arch)

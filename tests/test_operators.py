@@ -13,7 +13,7 @@ from lightning_split import trace
 from lightning_split.tracing import trace_step
 from torch import Tensor, nn
 
-from test_exactness import assert_splits_exactly, randomise
+from exactness import assert_splits_exactly, randomise
 
 pytestmark = [
     pytest.mark.usefixtures("double"),

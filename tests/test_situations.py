@@ -25,8 +25,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from exactness import splits
 from networks import Residual, randomised
-from test_exactness import Block, splits
+from test_exactness import Block
 
 pytestmark = pytest.mark.usefixtures("double")
 

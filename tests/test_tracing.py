@@ -13,6 +13,7 @@ from lightning_split import LayerRule, register_layer_rule, trace
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, weight_norm
 
+from exactness import assert_splits_exactly
 from networks import CASES, Residual, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -350,3 +351,22 @@ def test_a_normalised_input_is_no_layer_that_was_never_called() -> None:
     arch = trace(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3))
     assert not arch.note
     assert arch.widths == {"1": 4}
+
+
+def test_a_gate_on_a_grouped_convolution_splits_with_it() -> None:
+    """Each channel of a neuron meets a gate of its own: RegNet's squeeze-excite."""
+    grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+    model = Gated(grouped, nn.Conv2d(6, 6, 1), nn.Conv2d(6, 3, 1))
+    arch = assert_splits_exactly(model, torch.randn(2, 4, 5, 5))
+    (group,) = arch.groups
+    assert (group.width, group.producers) == (3, ("grouped", "gate"))
+
+
+class Gated(nn.Module):
+    def __init__(self, grouped: nn.Module, gate: nn.Module, out: nn.Module) -> None:
+        super().__init__()
+        self.grouped, self.gate, self.out = grouped, gate, out
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.grouped(x)
+        return self.out(h * torch.sigmoid(self.gate(h.mean((2, 3), keepdim=True))))
