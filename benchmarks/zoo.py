@@ -99,6 +99,7 @@ def measure(name: str) -> dict[str, Any]:
         "channels": found,
         "hidden": hidden,
         "forward_s": once.wall,
+        "forward_cpu_s": once.cpu,
         "trace_s": traced.wall,
         "trace_cpu_s": traced.cpu,
         "memory": (tracing.peak - base.peak) / (forward.peak - base.peak),
@@ -150,8 +151,9 @@ Inception v3). This page is written by `make zoo`.
 *Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped
 convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the
 output, relative to the largest output, after two random neurons of every group have been split without
-displacement: in float64, in eval and in train mode, all parameters random. *Trace* is the time of one call on
-a machine with {cores} cores, and *memory* its peak over that of one forward pass.
+displacement: in float64, in eval and in train mode, all parameters random, images smaller (`python
+benchmarks/zoo.py --one deviation NAME` prints it). *Forward* and *trace* are CPU time of one call, all cores
+together, and *memory* is the peak of `trace` over that of one forward pass, parameters included.
 
 What is left alone has a mathematical reason, named below the table.
 
@@ -165,7 +167,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"| {r['name']} | {r['groups']} | {r['neurons']:,} "
         f"| {r['channels'] / r['hidden']:.0%} of {r['hidden']:,} "
-        f"| {r['deviation']:.0e} | {r['forward_s']:.2f} s | {r['trace_s']:.2f} s | {r['memory']:.2f} |"
+        f"| {told(r['deviation'])} | {r['forward_cpu_s']:.1f} s | {r['trace_cpu_s']:.1f} s "
+        f"| {r['memory']:.2f} |"
         for r in rows
     ]
     reasons: Counter[str] = Counter()
@@ -178,7 +181,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"| {reason} | {channels:,} | {len(models[reason])} |" for reason, channels in reasons.most_common()
     ]
     return (
-        HEAD.format(cores=os.cpu_count())
+        HEAD
         + "\n".join(lines)
         + "\n\n## What is left alone\n\n| reason | channels | models |\n|---|---:|---:|\n"
         + "\n".join(left)
@@ -196,20 +199,31 @@ def main() -> None:
     if args.one:
         print(json.dumps(globals()[args.one](args.models[0])))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in args.models or names():
-        row = in_process("measure", name)
-        row["deviation"] = float("nan") if args.no_proof else in_process("deviation", name)
-        rows.append(row)
-        print(
-            f"{row['name']:24} {row['groups']:4} groups {row['neurons']:6} neurons "
-            f"{row['channels'] / row['hidden']:6.1%} of {row['hidden']:6} channels   "
-            f"deviation {row['deviation']:.0e}  forward {row['forward_s']:5.2f} s  "
-            f"trace {row['trace_s']:5.2f} s (CPU {row['trace_cpu_s']:5.2f} s)  memory x {row['memory']:.2f}",
-            flush=True,
-        )
+        rows.append(in_process("measure", name) | {"deviation": None})
+        show(rows[-1], args, rows)
+    for row in [] if args.no_proof else rows:
+        row["deviation"] = in_process("deviation", row["name"])
+        show(row, args, rows)
+
+
+def show(row: dict[str, Any], args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print what is known of a model, and write the page as far as it is known."""
+    print(
+        f"{row['name']:24} {row['groups']:4} groups {row['neurons']:6} neurons "
+        f"{row['channels'] / row['hidden']:6.1%} of {row['hidden']:6} channels   "
+        f"deviation {told(row['deviation']):7}  "
+        f"forward {row['forward_s']:5.2f} s (CPU {row['forward_cpu_s']:5.2f} s)  "
+        f"trace {row['trace_s']:5.2f} s (CPU {row['trace_cpu_s']:5.2f} s)  memory x {row['memory']:.2f}",
+        flush=True,
+    )
     if args.write:
         args.write.write_text(page(rows))
+
+
+def told(deviation: float | None) -> str:
+    return "not run" if deviation is None else f"{deviation:.0e}"
 
 
 def in_process(what: str, name: str) -> Any:
