@@ -44,7 +44,7 @@ class Spending:
             if edge:
                 lines.append(f"gain per unit of cost: {', '.join(edge)}")
         if self.left:
-            lines.append("left: " + ", ".join(f"{count} {why}" for why, count in self.left.items()))
+            lines.append("neurons left: " + ", ".join(f"{count} {why}" for why, count in self.left.items()))
         return "\n".join(lines)
 
 
@@ -60,14 +60,17 @@ def network_prices(
     max_macs: float | None = None,
     seed_cost: float | None = None,
 ) -> NetworkPrices:
-    """What a growth of the network adds, in the strategy's unit and in those of the limits."""
+    """What a growth of the network adds, in the strategy's unit and in those of the limits.
+
+    Processes may have batches of different sizes; the prices of the first one hold for all.
+    """
     prices = as_cost(strategy.cost).price(context)
     limits = []
     for name, most, cost in (("max_params", max_params, Params()), ("max_macs", max_macs, Macs())):
         if most is not None:
             known = cost.price(context)
             limits.append(Limit(f"{name}={most:,.0f}", known, most - known.total))
-    return NetworkPrices(prices, context.arch.widths, tuple(limits), seed_cost)
+    return context.ranks.agree(NetworkPrices(prices, context.arch.widths, tuple(limits), seed_cost))
 
 
 class Chooser:

@@ -26,7 +26,7 @@ from lightning_split.context import GrowthContext
 from lightning_split.costs import Cost
 from lightning_split.counting import LayerCall, layer_calls, port_axis
 from lightning_split.layers import Port, layer_tensors, port_kind, port_sizes, rule_for
-from lightning_split.pricing import Axis, Counts, Prices, Term
+from lightning_split.pricing import Axis, Counts, Prices
 
 __all__ = ["MeasuredLatency"]
 
@@ -83,20 +83,20 @@ class MeasuredLatency(Cost):
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        calls = [_Call(context.arch, call, self) for call in layer_calls(context)]
-        missing = {call.key: call for call in reversed(calls) if call.key not in self._table}
-        measured: dict[str, list[float]] = {}
+        calls = [_Call(context.arch, call, self) for call in layer_calls(context)]  # on every process alike
+        found: tuple[Prices, dict[str, list[float]]] | None = None
         if context.ranks.is_first:
+            missing = {call.key: call for call in reversed(calls) if call.key not in self._table}
             measured = {key: call.measured() for key, call in missing.items()}
-        self._table.update(context.ranks.agree(measured))
-        terms: list[Term] = []
-        total = 0.0
-        for call in calls:
-            term = call.term(self._table[call.key])
-            total += float(term.at({}))
-            if any(axis.growth for axis in term.axes):
-                terms.append(term)
-        return Prices(total, {}, tuple(terms), "ms")
+            terms = [call.term((self._table | measured)[call.key]) for call in calls]
+            total = sum(float(term.at({})) for term in terms)
+            growing = tuple(term for term in terms if any(axis.growth for axis in term.axes))
+            found = Prices(total, {}, growing, "ms"), measured
+        agreed = context.ranks.agree(found)
+        assert agreed is not None
+        prices, measured = agreed
+        self._table.update(measured)
+        return prices
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Cost.state_dict`."""
@@ -117,14 +117,18 @@ class _Lookup:
 
     @cached_property
     def _interpolated(self) -> RegularGridInterpolator:
-        return RegularGridInterpolator(self.grid, self.times, bounds_error=False, fill_value=None)
+        return RegularGridInterpolator(self.grid, self.times)
 
     def at(self, counts: Counts) -> Values:
         """The time after a growth."""
         if not self.axes:
             return np.asarray(self.times)
         sizes = np.broadcast_arrays(*(axis.at(counts) for axis in self.axes))
-        return np.asarray(self._interpolated(np.stack(sizes, axis=-1))).reshape(sizes[0].shape)
+        # Beyond the grid in proportion: planes through its last cells may fall again.
+        inside = [np.minimum(size, points[-1]) for size, points in zip(sizes, self.grid, strict=True)]
+        beyond = math.prod(size / clipped for size, clipped in zip(sizes, inside, strict=True))
+        times = np.asarray(self._interpolated(np.stack(inside, axis=-1))).reshape(sizes[0].shape)
+        return np.asarray(times * beyond)
 
 
 class _Call:

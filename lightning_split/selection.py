@@ -157,9 +157,7 @@ class TopK(SelectionStrategy):
         """See :meth:`SelectionStrategy.why_left`."""
         if self.per_group_max is not None and splits >= self.per_group_max:
             return f"beyond the {self.per_group_max} of their group"
-        return (
-            f"beyond the first {self.count}" if self.count is not None else f"beyond the {self.fraction:.0%}"
-        )
+        return f"beyond the best {self.count if self.count is not None else format(self.fraction, '.0%')}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class Threshold(SelectionStrategy):
     def why_left(self, candidate: Candidate, *, splits: int, new: int) -> str:
         """See :meth:`SelectionStrategy.why_left`."""
         above = _index(candidate) > self.index
-        return f"above the threshold of {self.index:g}" if above else f"beyond the first {self.max_count}"
+        return f"above the threshold of {self.index:g}" if above else f"beyond the best {self.max_count}"
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ def test_the_report_says_what_was_left_and_why() -> None:
     best = max(c.gain / spending.price_left for c in report.candidates)
     assert spending.price_left is not None
     assert best > 0
-    for part in ("spent", "macs", "gain per unit of cost", "left: ", "too dear for the budget"):
+    for part in ("spent", "macs", "gain per unit of cost", "neurons left: ", "too dear for the budget"):
         assert part in str(report)
     report = grow(model, [x], loss, strategy=TopK(count=2), max_params=report.cost_before.params + 1)
     assert report.splits == ()

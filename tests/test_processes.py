@@ -19,6 +19,8 @@ from lightning_split import (
     Every,
     Folding,
     GradMax,
+    KnapsackEnergy,
+    MeasuredLatency,
     Mixed,
     NewNeurons,
     Plateau,
@@ -80,6 +82,10 @@ def _everything() -> dict[str, Any]:
     return {"grower": Mixed(members), "step_size": "line_search"}
 
 
+def _fastest() -> KnapsackEnergy:
+    return KnapsackEnergy(100.0, per_group_max=1, cost=MeasuredLatency(factors=(1.0, 2.0), repeats=1))
+
+
 # what each of two processes runs ------------------------------------------------------------------
 
 
@@ -96,6 +102,7 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
         trigger=Plateau(monitor, patience=1, min_delta=0.5),
         loss_fn=_loss if manual else None,
         **(_everything() if case.get("mixed") else {}),
+        **({"strategy": _fastest()} if case.get("latency") else {}),
     )
     steps = case.get("every_steps")
     save = ModelCheckpoint(
@@ -217,6 +224,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "by hand, static graph": {"manual": True, "ddp": {"static_graph": True}},
         "by hand, unused": {"manual": True, "ddp": {"find_unused_parameters": True}},
         "average": {"ema": True},
+        "measured latency": {"latency": True},
     }
     for name, states in _run(tmp_path, cases=cases).items():
         assert len(states["whole"]) == 2, name
