@@ -224,23 +224,16 @@ class Surgery:
             target = found[block.module, block.tensor]
             values = vectors[name][:, offset[name] : offset[name] + block.size].to(target)
             offset[name] += block.size
-            shape = [
-                len(place.others[a]) if a in place.others else size
-                for a, size in enumerate(target.shape)
-                if a != block.axis
-            ]
-            spread = target.new_zeros(target.movedim(block.axis, 0).shape)
-            rows = values.reshape(len(place.entries), *shape)
-            index: list[Any] = [place.entries.to(target.device)]
-            index += [
-                place.others[a].to(target.device)
-                if a in place.others
-                else torch.arange(size, device=target.device)
-                for a, size in enumerate(target.shape)
-                if a != block.axis
-            ]
-            spread[torch.meshgrid(*index, indexing="ij")] = rows
-            target += spread.movedim(0, block.axis)
+            others = [a for a in range(target.ndim) if a != block.axis]
+            sizes = [len(place.others[a]) if a in place.others else target.shape[a] for a in others]
+            rows = values.reshape(len(place.entries), *sizes)
+            for number, axis in enumerate(others, start=1):
+                where = place.others.get(axis)
+                if where is not None:
+                    wide = list(rows.shape)
+                    wide[number] = target.shape[axis]
+                    rows = rows.new_zeros(wide).index_copy_(number, where.to(rows.device), rows)
+            target.movedim(block.axis, 0).index_add_(0, place.entries.to(target.device), rows)
         return found
 
     # preparation ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lightning_split.stepsize import StepSize
 
 __all__ = ["GradMax", "SingularPairs", "leading_pairs"]
 
+_FORMED = 600  # rows or columns up to which a matrix may be formed; the decomposition costs their cube
 Product = Callable[[Part, Vectors], Vectors]
 
 
@@ -49,7 +50,7 @@ class GradMax(PredictingGrower):
         Evci et al. (2022), GradMax: Growing neural networks using gradient information.
     """
 
-    iterations: int = 4
+    iterations: int = 2
     first_step: bool = True
 
     def __post_init__(self) -> None:
@@ -189,7 +190,7 @@ def _task(shape: tuple[int, int], like: Tensor, iterations: int, generator: torc
     rows, columns = shape
     n, k = len(like), min(len(like), rows, columns)
     fewer = min(rows, columns)
-    if -(-fewer // n) <= 2 * iterations + 1:
+    if fewer <= _FORMED and -(-fewer // n) <= 2 * iterations + 1:
         part: Part = "outgoing" if rows <= columns else "incoming"
         slices = []
         for start in range(0, fewer, n):
