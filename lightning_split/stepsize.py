@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ class LineSearch(StepSize):
     of the growths tried has a lower loss than the network as it is, nothing grows, and the report says so.
 
     Args:
-        start: The lengths that are tried first; a float is absolute.
+        start: The lengths that are tried first; a float is absolute. Neurons are chosen by their gains at
+            these, so they should be short enough for the prediction to hold.
         factor: Ratio of one length to the next.
         max_passes: At most so many lengths are tried.
 
@@ -109,7 +110,7 @@ class LineSearch(StepSize):
         ValueError: If an argument is out of range.
     """
 
-    start: StepSize | float = field(default_factory=Relative)
+    start: StepSize | float = 1e-2
     factor: float = 3.0
     max_passes: int = 8
 
