@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,13 +114,13 @@ class Architecture:
         if self.groups:
             rows = [
                 (
-                    *(g.name, str(g.width), str(g.dim)),
-                    *(_few(g.producers), _few(g.channelwise), _few(g.consumers)),
+                    *(g.name or "(root)", str(g.width), str(g.dim)),
+                    *(_few(p, g.name) for p in (g.producers[1:], g.channelwise, g.consumers)),
                     *(f"{g.params:,}", f"{g.macs:,.0f}"),
                 )
                 for g in self.groups
             ]
-            head = ("group", "width", "dim", "producers", "channelwise", "consumers", "+params", "+MACs")
+            head = ("group", "width", "dim", "also made by", "channelwise", "read by", "+params", "+MACs")
             lines += table(head, rows, right=(1, 2, 6, 7))
             total = sum(g.width for g in self.groups)
             lines.append(f"{total} splittable neurons in {len(self.groups)} groups.")
@@ -127,14 +128,28 @@ class Architecture:
             lines.append("No neuron of this network can be split.")
         if self.unsplittable:
             lines += ["", "Left alone:"]
-            lines += table(
-                ("neurons of", "width", "reason"),
-                [(u.name, str(u.width), u.reason) for u in self.unsplittable],
-                right=(1,),
-            )
+            lines += table(("neurons of", "width", "reason"), _alike(self.unsplittable), right=(1,))
         if self.note:
             lines += ["", self.note]
         return "\n".join(lines)
+
+
+def _alike(refused: Sequence[Unsplittable]) -> list[tuple[str, str, str]]:
+    """Rows of a table: what differs in numbers only, and is refused for the same reason, is one row."""
+    kinds: dict[tuple[str, str], list[Unsplittable]] = {}
+    for u in refused:
+        kinds.setdefault((re.sub(r"\d+", "*", u.name), u.reason.split(" (in '")[0]), []).append(u)
+    rows = []
+    for (_, reason), members in kinds.items():
+        if len(members) == 1:
+            rows.append((members[0].name or "(root)", str(members[0].width), members[0].reason))
+        else:
+            widths = sorted({u.width for u in members})
+            each = str(widths[0]) if len(widths) == 1 else f"{widths[0]}..{widths[-1]}"
+            pieces = zip(*(re.split(r"(\d+)", u.name) for u in members), strict=True)
+            pattern = "".join(same[0] if len(set(same)) == 1 else "*" for same in pieces)
+            rows.append((pattern, f"{len(members)} x {each}", reason))
+    return rows
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -151,6 +166,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[in
     return [lines[0], rule, *lines[1:]]
 
 
-def _few(paths: Sequence[str], limit: int = 2) -> str:
-    shown = ", ".join(p or "(root)" for p in paths[:limit])
+def _few(paths: Sequence[str], beside: str, limit: int = 2) -> str:
+    """The first paths; what they have in common with another one is left out."""
+    shown = ", ".join(_short(p, beside) for p in paths[:limit])
     return shown + (f" +{len(paths) - limit}" if len(paths) > limit else "") or "-"
+
+
+def _short(path: str, beside: str) -> str:
+    """``…mlp.3`` for ``encoder.1.mlp.3`` beside ``encoder.1.mlp.0``; numbers alone would say nothing."""
+    parts, others, same = path.split("."), beside.split("."), 0
+    while same < min(len(parts) - 1, len(others)) and parts[same] == others[same]:
+        same += 1
+    while same and all(part.isdigit() for part in parts[same:]):
+        same -= 1
+    return "…" + ".".join(parts[same:]) if same else path or "(root)"

@@ -370,3 +370,20 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.grouped(x)
         return self.out(h * torch.sigmoid(self.gate(h.mean((2, 3), keepdim=True))))
+
+
+def test_the_table_says_once_what_is_the_same() -> None:
+    """Paths are cut to what differs from the group's name; like refusals share a row."""
+    layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(4, 2))
+    arch = trace(model, torch.randn(2, 3, 4))
+    text = str(arch)
+    (mlp,) = [row for row in text.splitlines() if row.startswith("0.layers.1.linear1")]
+    assert [cell.strip() for cell in mlp.split("|")] == [
+        *("0.layers.1.linear1", "6", "5", "-", "-", "…linear2", "9", "24"),
+    ]
+    (scores,) = [row for row in text.splitlines() if row.startswith("0.layers.*.self_attn#")]
+    assert [cell.strip() for cell in scores.split("|")] == [
+        *("0.layers.*.self_attn#*", "6 x 2", "a product of activations contracts the neurons"),
+    ]
+    assert sum(u.width for u in arch.unsplittable if "#" in u.name) == 12
