@@ -69,7 +69,7 @@ class Absolute(StepSize):
 
 @dataclass(frozen=True)
 class Relative(StepSize):
-    """A fraction of the norm of the neuron's weights, which makes ε the same in all layers.
+    """A fraction of the norm of the neuron's weights, so that it means the same in all layers.
 
     Args:
         fraction: ε over that norm. A neuron whose weights are zero takes the mean norm of its group.

@@ -349,6 +349,8 @@ def test_folding_helps_at_once_and_refuses_what_has_no_fold() -> None:
     report = grow(model, batches, loss, grower=Folding(), strategy=TopK(count=1), step_size=0.05)
     assert report.measured_gain == pytest.approx(report.predicted_gain, rel=0.2)
     assert report.measured_gain > 0
+    with pytest.raises(ValueError, match="loss_fn failed on a batch of one"):
+        grow(model, [batches[0][0]], lambda m, x: F.cross_entropy(m(x), batches[0][1]), grower=Folding())
     table, out, image = torch.randn(8, 3), nn.Linear(4, 2), torch.randn(2, 1, 8, 8)
     for net, x, why in (
         (CASES["residual"].model(), torch.randn(8, 1, 6, 6), "'conv1' alone: its neurons are not those"),
@@ -427,6 +429,19 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
     """What is allowed, and what came."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_all_growers_work_in_half_precision() -> None:
+    """Weights keep their dtype; what needs more is computed in single precision."""
+    torch.set_default_dtype(torch.float32)
+    model = relu_mlp().to(torch.bfloat16)
+    x, y = torch.randn(64, 5).bfloat16(), torch.randint(3, (64,))
+    loss = lambda m, b: F.cross_entropy(m(b[0]).float(), b[1])  # noqa: E731
+    for grower in (NewNeurons(draws=1), GradMax(), Folding(2, 16), RandomSplit(), Net2Net()):
+        grown = copy.deepcopy(model)
+        report = grow(grown, [(x, y)], loss, grower=grower, strategy=TopK(count=2), step_size=0.05)
+        assert len(report.splits) == 2
+        assert all(p.dtype == torch.bfloat16 for p in grown.parameters())
 
 
 def test_baselines_choose_at_random_and_say_what_they_expect() -> None:

@@ -186,7 +186,14 @@ def _instance(context: GrowthContext, watching: dict[str, str], sample: Any) -> 
     """The sample as each layer reads it."""
     seen = _Seen(set(watching), cut=True)
     with undisturbed(context.model, train=False, seed=context.seed), watched(context.model, seen):
-        loss = context.loss_fn(context.model, sample)
+        try:
+            loss = context.loss_fn(context.model, sample)
+        except Exception as error:
+            # Whatever the user's function raised is the reason.
+            raise ValueError(
+                f"Folding looks at single samples, and loss_fn failed on a batch of one: {error} "
+                "Let the batch hold all that belongs to its samples."
+            ) from error
         check_loss(loss, 0)
         assert seen.output is not None
         output = seen.output

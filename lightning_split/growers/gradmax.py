@@ -73,10 +73,14 @@ class GradMax(PredictingGrower):
         why = _sending(context)
         with ghosts.present():
             shapes = {n: (sum(b.size for b in g.outgoing), g.dim) for n, g in groups.items()}
+            # Decompositions need single precision at least.
+            like = {n: z.float() if z.dtype.itemsize < 4 else z for n, z in zero.items()}
             pairs = leading_pairs(
-                lambda part, vectors: ghosts.mixed(context.batches, part, vectors),
+                lambda part, vectors: {
+                    n: v.to(like[n]) for n, v in ghosts.mixed(context.batches, part, vectors).items()
+                },
                 shapes,
-                zero,
+                like,
                 self.iterations,
                 context.seed,
             )

@@ -38,6 +38,9 @@ class NewNeurons(PredictingGrower):
     zero, so that the network computes what it computed, and make their first step at once: of length ε, down
     the gradient g. The loss falls by ε‖g‖ + O(ε²), which is the predicted gain.
 
+    Firefly trains the incoming weights of its candidates by gradient descent; here the best of some draws is
+    taken.
+
     Args:
         draws: Of so many random neurons beside each neuron the one of largest gain is offered. A draw costs
             a training step of a network twice as wide per batch.
