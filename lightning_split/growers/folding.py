@@ -69,14 +69,16 @@ class Folding(PredictingGrower):
         seen = [_instance(context, watching, one) for one in _single(context, self.samples)]
         incoming = {}
         for group in groups:
-            instances = [found for one in seen if (found := one.get(group.name)) is not None]
+            # Where all units are silent the network is constant: no boundary, nothing to fold.
+            found = [one[group.name] for one in seen if group.name in one]
+            instances = [instance for instance in found if bool(instance.normal.any())]
+            if not instances:
+                continue
             rows = [
                 _unit(context, group, instance, fold_point(instance) if self.boundary else instance.point)
                 for instance in typical_instances(instances, min(self.clusters, group.width), context.seed)
-                if bool(instance.normal.any())
             ]
-            if rows:
-                incoming[group.name] = torch.stack(rows).cpu()
+            incoming[group.name] = torch.stack(rows).cpu()
         incoming = context.ranks.agree(incoming)  # each process has looked at its own instances
         if incoming:
             units = downhill(context, incoming, step)
