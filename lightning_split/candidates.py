@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-__all__ = ["Candidate", "best_per_neuron", "canonical", "check_finite", "lowest_per_neuron", "total_gain"]
+__all__ = ["Candidate", "best_per_neuron", "canonical", "check_finite", "in_order", "lowest_per_neuron"]
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,6 @@ def lowest_per_neuron(
     return sorted(best.values(), key=canonical)
 
 
-def total_gain(candidates: Iterable[Candidate]) -> float:
-    """Sum of the gains."""
-    return math.fsum(c.gain for c in candidates)
-
-
 def check_finite(candidates: Iterable[Candidate]) -> None:
     """Refuse gains and splitting indexes that are not finite."""
     for c in candidates:
@@ -128,11 +124,38 @@ def check_finite(candidates: Iterable[Candidate]) -> None:
             )
 
 
-def in_order(chosen: Iterable[Candidate], offered: Iterable[Candidate]) -> list[Candidate]:
+def in_order(
+    chosen: Iterable[Candidate],
+    offered: Iterable[Candidate],
+    admissible: Callable[[Sequence[Candidate]], bool],
+    *,
+    across: bool,
+) -> list[Candidate]:
     """The same choice, with ties broken by group and neuron.
 
-    Where a chosen and a left candidate have the same gain, cost and number of new neurons, the one that comes
-    first is chosen. Only neurons with one candidate take part, and only within a group and across groups that
-    are priced alike.
+    Of candidates that have the same gain, cost and number of new neurons, those that come first are chosen,
+    as far as that is admissible. Only neurons with a single candidate take part.
+
+    Args:
+        chosen: What was chosen.
+        offered: What it was chosen from.
+        admissible: Whether another choice of equal gain and cost keeps the rules.
+        across: Whether candidates of different groups are worth the same if they have the same numbers.
     """
-    return sorted(chosen, key=canonical)
+    picked = sorted(chosen, key=canonical)
+    alike: dict[tuple[object, ...], list[Candidate]] = {}
+    offered = sorted(offered, key=canonical)
+    schemes = Counter((c.group, c.neuron) for c in offered)
+    for c in offered:
+        if schemes[c.group, c.neuron] == 1:
+            alike.setdefault((c.gain, c.cost, c.num_new, "" if across else c.group), []).append(c)
+    held = {id(c) for c in picked}
+    for tied in alike.values():
+        mine = [c for c in tied if id(c) in held]
+        first = tied[: len(mine)]
+        if 0 < len(mine) < len(tied) and any(a is not b for a, b in zip(mine, first, strict=True)):
+            out = {id(c) for c in mine}
+            trial = sorted([*(c for c in picked if id(c) not in out), *first], key=canonical)
+            if admissible(trial):
+                picked, held = trial, (held - out) | {id(c) for c in first}
+    return picked

@@ -69,7 +69,7 @@ class Params(Cost):
         """See :meth:`Cost.price`."""
         counted = {id(p): p.numel() for p in context.model.parameters()}
         rest, terms, seen = sum(counted.values()), list[Product](), set[int]()
-        for _, tensor, size in weights(context.model, context.arch):
+        for tensor, size, _ in weights(context.model, context.arch):
             if id(tensor) in counted and id(tensor) not in seen:
                 seen.add(id(tensor))
                 terms.append(size)
@@ -144,7 +144,7 @@ class Energy(Cost):
         terms = [replace(t, factor=t.factor * self.mac) for t in _mac_terms(context)]
         if self.byte:
             seen = set[int]()
-            for _, tensor, size in weights(context.model, context.arch):
+            for tensor, size, _ in weights(context.model, context.arch):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     each = tensor.element_size() * self.byte / self.batch_size
@@ -272,9 +272,5 @@ def as_cost(cost: CostLike) -> Cost:
 
 
 def _mac_terms(context: GrowthContext) -> list[Product]:
-    terms = []
-    for path, tensor, size in weights(context.model, context.arch):
-        uses = context.arch.uses.get(path, 0.0)
-        if tensor.ndim > 1 and uses:
-            terms.append(replace(size, factor=uses))
-    return terms
+    found = weights(context.model, context.arch)
+    return [replace(size, factor=uses) for _, size, uses in found if uses]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture, PortMap
 from lightning_split.context import GrowthContext
 from lightning_split.layers import Port, layer_tensors, port_kind, rule_for
+from lightning_split.loose import growing_tensors
 from lightning_split.measuring import tensors_in, undisturbed
 from lightning_split.pricing import Axis, Product
 from lightning_split.surgery import Surgery
@@ -48,51 +49,56 @@ def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None =
 class WeightSize(NamedTuple):
     """A tensor of a layer."""
 
-    path: str
     tensor: Tensor
     size: Product  # its number of elements
+    uses: float  # how often each of its entries is multiplied for one sample
 
 
 def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
-    """Every tensor of every traced layer that has an axis along neurons, and how it grows."""
-    members = _members(arch)
+    """Every tensor with an axis along neurons, and how it grows; one that sits at two places comes twice."""
+    groups = _Groups(arch)
     for path in dict.fromkeys([*(path for path, _ in arch.ports), *arch.uses]):
-        for tensor, axes in layer_tensors(model.get_submodule(path)).values():
+        layer = model.get_submodule(path)
+        ruled = layer_tensors(layer)
+        for name, (tensor, axes) in growing_tensors(layer).items():
             if not axes:
                 continue
             sizes = []
             for axis, length in enumerate(tensor.shape):
                 growth: dict[str, float] = {}
                 for block in axes.get(axis, ()):
-                    for g, count in _growth(arch.ports.get((path, block.port)), members).items():
+                    for g, count in groups.on(arch.ports.get((path, block.port))).items():
                         growth[g] = growth.get(g, 0.0) + count * block.multiple
                 sizes.append(Axis(float(length), tuple(growth.items())))
-            yield WeightSize(path, tensor, Product(1.0, tuple(sizes)))
+            multiplied = name in ruled and tensor.ndim > 1
+            uses = arch.uses.get(path, 0.0) if multiplied else 0.0
+            yield WeightSize(tensor, Product(1.0, tuple(sizes)), uses)
 
 
-def _members(arch: Architecture) -> dict[int, tuple[str, int]]:
-    """Group and width of every neuron that may be split."""
-    return {n: (g.name, g.width) for g in arch.groups for n in g.neurons}
+class _Groups:
+    """Which group each neuron belongs to, of those that may grow."""
 
+    def __init__(self, arch: Architecture) -> None:
+        self._groups = arch.groups
+        most = max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=-1)
+        self._group = np.full(most + 2, -1)  # the last entry stands for "no neuron" (-1)
+        for k, group in enumerate(arch.groups):
+            self._group[list(group.neurons)] = k
 
-def _growth(port: PortMap | None, members: Mapping[int, tuple[str, int]]) -> dict[str, float]:
-    """Entries that one more neuron of each group adds to a port."""
-    found: dict[str, float] = {}
-    if port is None:
-        return found
-    ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
-    for i, count in zip(ids.tolist(), counts.tolist(), strict=True):
-        if i in members:
-            name, width = members[i]
-            found[name] = found.get(name, 0.0) + count / width
-    return {name: round(entries) for name, entries in found.items()}
+    def on(self, port: PortMap | None) -> dict[str, float]:
+        """Entries that one more neuron of each group adds to a port."""
+        if port is None:
+            return {}
+        owners = self._group[port.neuron]
+        counts = np.bincount(owners[owners >= 0], minlength=len(self._groups))
+        return {self._groups[k].name: counts[k] / self._groups[k].width for k in np.flatnonzero(counts)}
 
 
 def port_axis(arch: Architecture, path: str, port: Port, size: int) -> Axis:
     """An axis of ``size`` entries along which the neurons of a port lie, each as often as any other."""
     neurons = arch.ports[path, port]
     multiple = size / len(neurons.neuron)
-    growth = {g: count * multiple for g, count in _growth(neurons, _members(arch)).items()}
+    growth = {g: count * multiple for g, count in _Groups(arch).on(neurons).items()}
     return Axis(float(size), tuple(growth.items()))
 
 
@@ -121,7 +127,8 @@ def layer_calls(context: GrowthContext) -> list[LayerCall]:
         try:
             for path in dict.fromkeys(path for path, _ in context.arch.ports):
                 layer = context.model.get_submodule(path)
-                handles.append(layer.register_forward_hook(hook(path), with_kwargs=True))
+                if rule_for(layer) is not None:
+                    handles.append(layer.register_forward_hook(hook(path), with_kwargs=True))
             context.loss_fn(context.model, context.batches[0])
         finally:
             for handle in handles:

@@ -34,6 +34,11 @@ class Rules(NamedTuple):
         fits: npt.NDArray[np.bool_] = (self.width + num_new) % self.round_to == 0
         return fits if self.max_new is None else fits & (num_new <= self.max_new)
 
+    def allow(self, chosen: Sequence[Candidate]) -> bool:
+        """Whether a choice within the group keeps the rules."""
+        most = len(chosen) if self.max_splits is None else self.max_splits
+        return len(chosen) <= most and bool(self.allows(np.array([sum(c.num_new for c in chosen)])).all())
+
 
 @dataclass(frozen=True, eq=False)
 class Menu:

@@ -98,6 +98,11 @@ class Prices:
                     linear[group] = linear.get(group, 0.0) + r * others
         return cls(total, linear, tuple(rest), unit)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it says what growth adds, and not the total alone."""
+        return bool(self.linear or self.terms)
+
     @cached_property
     def touching(self) -> Mapping[str, tuple[Term, ...]]:
         """The terms that depend on each group."""

@@ -300,8 +300,9 @@ class KnapsackEnergy(SelectionStrategy):
 
     def select(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The most valuable affordable candidates; see :meth:`SelectionStrategy.select`."""
+        bound = self._network is not None and self._network.prices.is_known
         for c in candidates:
-            if not 0.0 < c.cost < math.inf:
+            if not (0.0 < c.cost < math.inf or (bound and c.cost == 0.0)):
                 raise ValueError(
                     f"Neuron {c.neuron} of group '{c.group}' has cost {c.cost!r}; KnapsackEnergy "
                     "needs positive finite costs."
@@ -314,12 +315,18 @@ class KnapsackEnergy(SelectionStrategy):
             return []
         rules = {g: self._rules(g, mine, network) for g, mine in _by_group(candidates).items()}
         groups = _by_group(useful)
-        known = bool(network.prices.linear or network.prices.terms)
-        prices = network.prices if known else _uniform_prices(groups)
+        prices = network.prices if bound else _uniform_prices(groups)
         if prices is None:
-            return solve_items(useful, rules, budget, self.solver)
-        limits = [Limit("budget", prices, budget), *network.limits]
-        return in_order(solve_counts(groups, rules, limits, self.solver), useful)
+            chosen = solve_items(useful, rules, budget, self.solver)
+        else:
+            limits = [Limit("budget", prices, budget), *network.limits]
+            chosen = solve_counts(groups, rules, limits, self.solver)
+
+        def admissible(trial: Sequence[Candidate]) -> bool:
+            """Costs and gains are the same, so only the rules of the groups are to be looked at."""
+            return all(rules[g].allow(mine) for g, mine in _by_group(trial).items())
+
+        return in_order(chosen, useful, admissible, across=not bound)
 
     def _rules(self, group: str, candidates: Sequence[Candidate], network: NetworkPrices) -> Rules:
         width = network.widths.get(group)

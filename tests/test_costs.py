@@ -36,13 +36,30 @@ from networks import CASES, loss_of, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
-COUNTED = ["mlp", "residual", "dense", "separable", "gated", "grouped", "shared"]
+COUNTED = ["mlp", "residual", "dense", "separable", "gated", "grouped", "shared", "scaled"]
+
+
+class LayerScale(nn.Module):
+    """Parameters that no layer owns grow with the neurons that they meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.gamma, self.shift = nn.Parameter(torch.randn(4, 1, 1)), nn.Parameter(torch.randn(5, 1, 1))
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv1(x)) * self.gamma
+        return self.out(torch.tanh(self.conv2(x) + self.shift).mean((2, 3)))
 
 
 def problem(name: str) -> tuple[nn.Module, Tensor, Any]:
     """A network, its inputs, and a loss."""
-    case = CASES[name]
-    model, x = randomised(case.model()).eval(), case.inputs()
+    if name == "scaled":
+        model, x = LayerScale().eval(), torch.randn(3, 2, 5, 5)
+    else:
+        case = CASES[name]
+        model, x = randomised(case.model()).eval(), case.inputs()
     return model, x, loss_of(torch.randn_like(model(x).detach()))
 
 
@@ -66,7 +83,7 @@ def params_of(model: nn.Module) -> int:
 def written_by(model: nn.Module, x: Tensor) -> float:
     """Values that layers with weights write for one sample."""
     found: list[int] = []
-    layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    layers = [m for m in model.modules() if list(m.parameters(recurse=False)) and not list(m.children())]
     handles = [m.register_forward_hook(lambda _, __, out: found.append(out.numel())) for m in layers]
     model(x)
     for handle in handles:

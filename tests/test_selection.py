@@ -299,6 +299,26 @@ def test_a_tie_is_broken_the_same_way_in_any_order(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])
+@pytest.mark.parametrize("cap", [None, 2])
+def test_ties_go_to_the_first_group_and_neuron(solver: str, cap: int | None) -> None:
+    """Across groups and within them, whatever the solver happened to take; caps hold all the same."""
+    tied = [Candidate(group, i, 1.0, cost=2.0) for group in "dcba" for i in range(4)]
+    others = [Candidate("a", 7, 5.0, cost=3.0), Candidate("e", 0, 4.0, cost=1.5)]
+    chosen = KnapsackEnergy(4.5 + 10.0, solver=solver, per_group_max=cap).select(tied + others)
+    first = [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("b", 0)] if cap is None else None
+    found = keys(chosen)
+    assert ("a", 7) in found
+    assert ("e", 0) in found
+    if first is not None:
+        assert found == sorted([*first, ("a", 7), ("e", 0)])
+    else:
+        assert max(Counter(c.group for c in chosen).values()) <= 2
+        assert len(found) == 7
+    mixed = [Candidate("g", 5 - i, 1.0, cost=2.0) for i in range(6)] + [Candidate("g", 9, 3.0, cost=3.0)]
+    assert keys(KnapsackEnergy(9, solver=solver).select(mixed)) == [("g", 0), ("g", 1), ("g", 2), ("g", 9)]
+
+
+@pytest.mark.parametrize("solver", ["milp", "lp", "greedy"])
 def test_rounding_of_the_running_sum_does_not_overrun_the_budget(solver: str) -> None:
     """Costs whose sum is within the budget only if it is rounded after every term."""
     costs = [3.1, 5.1, 4.2]
