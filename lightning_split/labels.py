@@ -291,7 +291,8 @@ class LabelMode(TorchDispatchMode):
         if not sound:
             self.table.bar(
                 np.unique(pairs).tolist(),
-                f"{why} brings together neurons in a pattern that growth would break{self.where()}",
+                f"{why} pairs neurons with others that do not lie side by side (repeated channel shuffles "
+                f"do), so that offspring beside their parents would be paired otherwise{self.where()}",
             )
         self.table.tie(left, right)
 

@@ -154,6 +154,16 @@ def test_a_member_of_each_family_splits_exactly(family: str) -> None:
     assert found >= share * hidden, str(arch)
 
 
+@pytest.mark.usefixtures("double")
+def test_a_stage_of_more_shuffles_than_halvings_is_refused_with_the_reason() -> None:
+    """A half of 6 channels can be halved once, and three shuffles are cut into halves but for the last."""
+    model, x = models.ShuffleNetV2([2, 3, 2], [8, 8, 12, 32, 32], CLASSES), torch.randn(2, 3, 64, 64)
+    randomise(model, x)
+    refused = {u.name: u.reason for u in assert_splits_exactly(model, x).unsplittable}
+    assert refused.keys() == {"stage3.0.branch1.2", "fc"}
+    assert "repeated channel shuffles" in refused["stage3.0.branch1.2"]
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("zoo")  # one after the other: the largest models take 10 GB
 @pytest.mark.parametrize("name", zoo.names())
