@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture, ThetaBlock
+from lightning_split.architecture import Architecture
 from lightning_split.layers import Block, Port, port_kind, port_sizes, rule_for
 from lightning_split.loose import growing_tensors
 from lightning_split.measuring import is_written
-from lightning_split.splits import PARTS, Part, Split, blocks_of, check_splits
+from lightning_split.placing import Placing, Widened
+from lightning_split.splits import Split, check_splits
 from lightning_split.widening import (
     AxisGrowth,
     AxisMap,
@@ -25,7 +25,6 @@ from lightning_split.widening import (
     as_parameter,
     grown_axis,
     grown_port,
-    scale_,
     widened,
 )
 
@@ -37,15 +36,6 @@ class Replacement(NamedTuple):
 
     new: nn.Parameter
     maps: dict[int, AxisMap]
-
-
-@dataclass(frozen=True, eq=False)
-class _Widened:
-    """A new tensor, and how its axes grew."""
-
-    new: Tensor
-    axes: dict[int, AxisGrowth]
-    consumed: tuple[int, ...]  # those along which neurons are read
 
 
 def split_neurons(
@@ -95,14 +85,12 @@ class Surgery:
         self._model = model
         self._arch = arch
         self._hollow = hollow  # new tensors have shapes but no memory: to try how the model takes its sizes
-        self._widened: dict[tuple[str, str], _Widened] = {}
+        self._widened: dict[tuple[str, str], Widened] = {}
         self._put: list[tuple[dict[str, Any], str, Tensor]] = []  # where, and what comes in
         self._undo: list[Callable[[], Any]] = []
         check_splits(arch, splits, values=not hollow)
         self._splits = tuple(splits)
-        self._of_group: dict[str, list[int]] = defaultdict(list)  # numbers of the splits of each group
-        for n, split in enumerate(self._splits):
-            self._of_group[split.group].append(n)
+        self.places = Placing(arch, self._splits, self._widened)  # where the offspring are, once applied
         number = np.full(2 + max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=0), -1)
         for n, split in enumerate(self._splits):
             number[arch.group(split.group).neurons[split.neuron]] = n
@@ -142,13 +130,13 @@ class Surgery:
         Args:
             splits: The splits of this surgery with other displacements, in any order; default its own.
         """
-        for move in self._all_moves(splits or self._splits):
+        for move in self.places.moves(splits or self._splits):
             move.carry_out()
 
     @contextmanager
     def displaced(self, splits: Sequence[Split]) -> Iterator[None]:
         """Inside, the offspring are where ``splits`` says; afterwards each is with its parent again."""
-        moves = self._all_moves(splits)
+        moves = self.places.moves(splits)
         moved = {id(tensor): tensor for tensor, *_ in moves}.values()
         kept = [(tensor, tensor.detach().clone()) for tensor in moved]
         try:
@@ -187,55 +175,6 @@ class Surgery:
         """Number of positions on a port before the growth."""
         return len(self._arch.ports[path, port].neuron)
 
-    def grown(self, part: Part) -> dict[tuple[str, str], Tensor]:
-        """The new tensors that hold one part of the offspring's weights, by module path and name."""
-        keys = [(b.module, b.tensor) for g in self._of_group for b in blocks_of(self._arch.group(g), part)]
-        return {key: self._widened[key].new for key in dict.fromkeys(keys) if key in self._widened}
-
-    def entries(self, path: str, name: str, ordinal: int) -> Tensor:
-        """Entries of one offspring of every split, along the one neuron axis of a channelwise tensor."""
-        (growth,) = self._widened[path, name].axes.values()
-        return ((growth.split >= 0) & (growth.ordinal == ordinal)).nonzero().flatten()
-
-    def gather(
-        self, part: Part, ordinal: int, tensors: Mapping[tuple[str, str], Tensor]
-    ) -> dict[str, Tensor]:
-        """Entries of one offspring of every split in tensors shaped as the new ones (gradients, say).
-
-        Returns:
-            ``{group: (splits, length of the part)}``, the splits of each group in their order.
-        """
-        found: dict[str, list[Tensor]] = {n: [torch.zeros(len(m), 0)] for n, m in self._of_group.items()}
-        for name, block, place in self._places(part, ordinal):
-            rows = tensors[block.module, block.tensor]
-            for axis, where in place.others.items():
-                rows = rows.index_select(axis, where.to(rows.device))
-            entries = place.entries.to(rows.device)
-            found[name].append(rows.movedim(block.axis, 0)[entries].reshape(place.num_splits, block.size))
-        return {name: torch.cat([p.to(parts[-1]) for p in parts], dim=1) for name, parts in found.items()}
-
-    def scatter(
-        self, part: Part, ordinal: int, vectors: Mapping[str, Tensor]
-    ) -> dict[tuple[str, str], Tensor]:
-        """The transpose of :meth:`gather`: tensors that are zero but for one offspring of every split."""
-        found = {key: torch.zeros_like(new) for key, new in self.grown(part).items()}
-        offset: dict[str, int] = defaultdict(int)
-        for name, block, place in self._places(part, ordinal):
-            target = found[block.module, block.tensor]
-            values = vectors[name][:, offset[name] : offset[name] + block.size].to(target)
-            offset[name] += block.size
-            others = [a for a in range(target.ndim) if a != block.axis]
-            sizes = [len(place.others[a]) if a in place.others else target.shape[a] for a in others]
-            rows = values.reshape(len(place.entries), *sizes)
-            for number, axis in enumerate(others, start=1):
-                where = place.others.get(axis)
-                if where is not None:
-                    wide = list(rows.shape)
-                    wide[number] = target.shape[axis]
-                    rows = rows.new_zeros(wide).index_copy_(number, where.to(rows.device), rows)
-            target.movedim(block.axis, 0).index_add_(0, place.entries.to(target.device), rows)
-        return found
-
     # preparation ----------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
@@ -260,7 +199,7 @@ class Surgery:
                 if isinstance(tensor, nn.Parameter):
                     maps = {a: g.as_map(consumed=a in found.consumed) for a, g in found.axes.items()}
                     new = as_parameter(found.new, tensor)
-                    found = _Widened(new, found.axes, found.consumed)
+                    found = Widened(new, found.axes, found.consumed)
                     self.replaced[tensor] = Replacement(new, maps)
                 self._widened[path, name] = found
                 self._put += [(store, key, found.new) for store, key in sites[id(tensor)]]
@@ -272,7 +211,7 @@ class Surgery:
         tensor: Tensor,
         axes: Mapping[int, tuple[Block, ...]],
         growth: Mapping[Port, AxisGrowth],
-    ) -> _Widened:
+    ) -> Widened:
         grown: dict[int, AxisGrowth] = {}
         for axis, blocks in axes.items():
             if any(block.port in growth for block in blocks):
@@ -282,8 +221,8 @@ class Surgery:
         if self._hollow:
             shape = [len(grown[d].index) if d in grown else size for d, size in enumerate(tensor.shape)]
             blank = tensor.detach().new_zeros(shape if is_written(tensor) else ())
-            return _Widened(blank.expand(shape), grown, consumed)
-        return _Widened(widened(tensor.detach(), grown, consumed), grown, consumed)
+            return Widened(blank.expand(shape), grown, consumed)
+        return Widened(widened(tensor.detach(), grown, consumed), grown, consumed)
 
     def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:
         fits = sum(block.size * block.multiple for block in blocks) == tensor.shape[axis] and all(
@@ -297,98 +236,9 @@ class Surgery:
                 "not what the architecture says; trace the model again after each growth."
             )
 
-    # displacements --------------------------------------------------------------------------------
-
-    def _all_moves(self, splits: Sequence[Split]) -> list[_Move]:
-        found = {(split.group, split.neuron): split for split in splits}
-        ordered = [found[split.group, split.neuron] for split in self._splits]
-        return [move for part in PARTS for move in self._moves(part, ordered)]
-
-    def _moves(self, part: Part, splits: Sequence[Split]) -> Iterator[_Move]:
-        for name, mine in self._of_group.items():
-            if all(splits[n].part(part) is None for n in mine):
-                continue
-            offset = 0
-            for block in blocks_of(self._arch.group(name), part):
-                start, offset = offset, offset + block.size
-                found = self._widened.get((block.module, block.tensor))
-                if found is None:
-                    continue  # a tensor that is tied to another one
-                moved = []
-                for n in mine:
-                    value = splits[n].part(part)
-                    moved.append(
-                        found.new.new_zeros(len(splits[n].weights), block.size)
-                        if value is None
-                        else value[:, start:offset].to(found.new)
-                    )
-                yield self._move(block, found, mine, torch.cat(moved))
-
-    def _move(self, block: ThetaBlock, found: _Widened, mine: list[int], moved: Tensor) -> _Move:
-        g = found.axes[block.axis]
-        # Row of ``moved`` where the offspring of each split begin, and which of its entries each old row is.
-        begins = torch.full((len(self._splits) + 1,), -1)
-        counts = [len(self._splits[n].weights) for n in mine]
-        begins[mine] = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        entries = (begins[g.split] >= 0).nonzero().flatten()
-        position = _positions(block)[g.index[entries]]
-        others = [a for a in range(found.new.ndim) if a != block.axis]
-        rows = moved.reshape(len(moved), block.rows.shape[1], *self._old_shape(found, others))
-        offspring = begins[g.split[entries]] + g.ordinal[entries]
-        values = rows[offspring.to(rows.device), position.to(rows.device)]
-        for number, axis in enumerate(others, start=1):
-            grew = found.axes.get(axis)
-            if grew is not None:
-                values = values.index_select(number, grew.index.to(values.device))
-                if axis in found.consumed:
-                    scale_(values, grew.factor, number)
-        return _Move(found.new, block.axis, entries.to(found.new.device), values)
-
-    @staticmethod
-    def _old_shape(found: _Widened, axes: Sequence[int]) -> list[int]:
-        return [int(found.axes[a].index.max()) + 1 if a in found.axes else found.new.shape[a] for a in axes]
-
-    def _places(self, part: Part, ordinal: int) -> Iterator[tuple[str, ThetaBlock, _Place]]:
-        """Where one offspring of every split is, block by block."""
-        for name, mine in self._of_group.items():
-            order = torch.full((len(self._splits) + 1,), -1)
-            order[mine] = torch.arange(len(mine))
-            for block in blocks_of(self._arch.group(name), part):
-                found = self._widened.get((block.module, block.tensor))
-                if found is None:
-                    continue
-                g = found.axes[block.axis]
-                entries = ((order[g.split] >= 0) & (g.ordinal == ordinal)).nonzero().flatten()
-                key = order[g.split[entries]] * block.rows.shape[1] + _positions(block)[g.index[entries]]
-                others = {a: grew.originals for a, grew in found.axes.items() if a != block.axis}
-                yield name, block, _Place(entries[key.argsort()], others, len(mine))
-
     def _sizes(self, layer: nn.Module) -> dict[Port, int]:
         """Number of neurons on each port of a layer that already holds its new tensors."""
         return port_sizes(layer) | {port: len(g.index) for port, g in self._growth[id(layer)].items()}
-
-
-class _Move(NamedTuple):
-    tensor: Tensor
-    axis: int  # along which the displaced rows lie
-    entries: Tensor  # (n,) which rows
-    values: Tensor  # (n, ...) what is added to them, the row axis in front
-
-    def carry_out(self) -> None:
-        self.tensor.movedim(self.axis, 0).index_add_(0, self.entries, self.values)
-
-
-class _Place(NamedTuple):
-    entries: Tensor  # (splits x entries per neuron,) along the block's axis
-    others: dict[int, Tensor]  # for each other axis that grew the entries of the first offspring
-    num_splits: int
-
-
-def _positions(block: ThetaBlock) -> Tensor:
-    """For each old entry of the block's axis, which of its neuron's entries it is."""
-    found = torch.zeros(int(block.rows.max(initial=-1)) + 1, dtype=torch.int64)
-    found[torch.from_numpy(block.rows)] = torch.arange(block.rows.shape[1]).expand(block.rows.shape)
-    return found
 
 
 def _sites(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:

@@ -221,15 +221,15 @@ def test_outgoing_and_channelwise_weights_of_a_new_neuron_land_where_they_belong
     surgery.apply()
     surgery.displace()
     for part in parts:
-        found = surgery.gather(part, 1, surgery.grown(part))
-        kept = surgery.gather(part, 0, surgery.grown(part))
+        found = surgery.places.gather(part, 1, surgery.places.grown(part))
+        kept = surgery.places.gather(part, 0, surgery.places.grown(part))
         for group in arch.groups:
             torch.testing.assert_close(found[group.name][0], new[group.name, part])
             torch.testing.assert_close(kept[group.name][0], old[group.name, part][group.width // 2])
         # scatter is the transpose of gather
         u = {n: torch.randn_like(v) for n, v in found.items()}
-        tensors = {key: torch.randn_like(t) for key, t in surgery.grown(part).items()}
-        scattered, gathered = surgery.scatter(part, 1, u), surgery.gather(part, 1, tensors)
+        tensors = {key: torch.randn_like(t) for key, t in surgery.places.grown(part).items()}
+        scattered, gathered = surgery.places.scatter(part, 1, u), surgery.places.gather(part, 1, tensors)
         left = sum(float((scattered[key] * t).sum()) for key, t in tensors.items())
         assert left == pytest.approx(sum(float((u[n] * g).sum()) for n, g in gathered.items()), abs=1e-9)
     for old_tensor, found in surgery.replaced.items():

@@ -84,20 +84,20 @@ class Ghosts:
 
     def through(self) -> Vectors:
         """What channelwise layers keep of the ghosts now."""
-        return self._surgery.gather("through", 1, self._surgery.grown("through"))
+        return self._surgery.places.gather("through", 1, self._surgery.places.grown("through"))
 
     def outgoing_gradients(self, batches: Sequence[Any]) -> Iterator[Vectors]:
         """While present: the gradient of the loss in the ghosts' outgoing weights, batch by batch.
 
         Costs a training step of the widened network per batch.
         """
-        tensors = self._surgery.grown("outgoing")
+        tensors = self._surgery.places.grown("outgoing")
         for number, batch in enumerate(batches):
             with self._running():
                 loss = self._context.loss_fn(self._context.model, batch)
                 check_loss(loss, number)
                 gradients = _gradients(loss, tensors)
-            yield self._surgery.gather("outgoing", 1, gradients)
+            yield self._surgery.places.gather("outgoing", 1, gradients)
 
     def mixed(self, batches: Sequence[Any], part: Part, vectors: Vectors, *, smooth: bool = True) -> Vectors:
         r"""While present: products of vectors with the mixed second derivative of the loss in θ and u.
@@ -113,8 +113,8 @@ class Ghosts:
             Vectors of the other part.
         """
         other: Part = "incoming" if part == "outgoing" else "outgoing"
-        direction = self._surgery.scatter(part, 1, vectors)
-        near, far = self._surgery.grown(part), self._surgery.grown(other)
+        direction = self._surgery.places.scatter(part, 1, vectors)
+        near, far = self._surgery.places.grown(part), self._surgery.places.grown(other)
         products = []
         for number, batch in enumerate(batches):
             with self._running(smooth=smooth, twice=True):
@@ -126,7 +126,7 @@ class Ghosts:
                     second = _gradients(inner, far)
                 except RuntimeError as error:
                     raise no_second_derivative(error) from error
-            products.append(self._surgery.gather(other, 1, second))
+            products.append(self._surgery.places.gather(other, 1, second))
         return averaged(self._context, products)
 
     def _running(self, *, smooth: bool = False, twice: bool = False) -> ExitStack:
@@ -146,7 +146,7 @@ class _Calibration(Watcher):
         self._model, self._surgery = model, surgery
         self.tensors: dict[tuple[str, str], Tensor] = {}
         self._rules: dict[str, LayerRule] = {}  # asked for now: a layer that is watched has none
-        for (path, name), tensor in surgery.grown("through").items():
+        for (path, name), tensor in surgery.places.grown("through").items():
             layer = model.get_submodule(path)
             rule = rule_for(layer)
             if rule is not None and name in layer._buffers and name in rule.statistics(layer, _PROBE, 1):
@@ -166,7 +166,7 @@ class _Calibration(Watcher):
             kept = self.tensors.get((path, name))
             if kept is None:
                 continue
-            entries = self._surgery.entries(path, name, 1).to(x.device)
+            entries = self._surgery.places.entries(path, name, 1).to(x.device)
             new = values.to(kept)[entries]
             kept[entries] += (new - kept[entries]) / (self.number + 1)
             layer._buffers[name][entries] = kept[entries]  # type: ignore[index]  # this pass has a copy
