@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -71,6 +72,7 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_without_recomputation())
         for m, _ in modes:
             stack.enter_context(_attributes_kept(m))
         try:
@@ -113,6 +115,42 @@ def keep_in_mind(parameter: nn.Parameter) -> None:
 def is_written(tensor: Tensor) -> bool:
     """Whether a forward pass writes to this parameter."""
     return tensor in _WRITTEN
+
+
+@contextmanager
+def _without_recomputation() -> Iterator[None]:
+    """Let activation checkpoints keep their activations.
+
+    They run a part of the model once more in the backward pass, when neither the tracer looks on nor
+    surrogate derivatives are in place, and what the first run did differs from the second.
+    """
+    module = torch.utils.checkpoint
+    stand_ins: dict[str, Any] = {
+        "CheckpointFunction": _CallsAtOnce,
+        "_checkpoint_without_reentrant_generator": _nothing_around,
+        "_checkpoint_without_reentrant_generator_impl": _nothing_around,  # what newer versions of torch call
+    }
+    known = {name: getattr(module, name) for name in stand_ins if hasattr(module, name)}
+    try:
+        for name in known:
+            setattr(module, name, stand_ins[name])
+        yield
+    finally:
+        for name, original in known.items():
+            setattr(module, name, original)
+
+
+class _CallsAtOnce:
+    """Stands in for the autograd function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands in for what runs before and after the body of the other checkpoints."""
+    yield
 
 
 _INTERNAL = frozenset(vars(nn.Module()))

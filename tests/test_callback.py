@@ -181,6 +181,40 @@ def test_checkpoints_load_without_the_callback(tmp_path: Path) -> None:
     assert widths(module) == (3, 8)
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_best_checkpoint_brings_its_own_width(tmp_path: Path, weights_only: bool) -> None:
+    """validate, test and predict with "best", written before the growths, and back to the last one."""
+
+    class Everything(Validated):
+        def validation_step(self, batch: Any) -> None:
+            self.log("val_loss", float(self.current_epoch))  # the first is the best
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.net(batch[0])
+
+        def test_step(self, batch: Any) -> None:
+            self.log("neurons", float(sum(widths(self))))
+
+    save = ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=-1, filename="{epoch}", save_weights_only=weights_only
+    )
+    module = Everything()
+    t = trainer(tmp_path, two_splits(), save, enable_checkpointing=True)
+    t.fit(module, loader(), loader(16))
+    grown = widths(module)
+    last = str(tmp_path / "epoch=3.ckpt")
+    assert sum(grown) == 11 + 6
+    (found,) = t.test(module, loader(16), ckpt_path="best", verbose=False)
+    assert found["neurons"] == 11
+    t.validate(module, loader(16), ckpt_path=last, verbose=False)
+    assert widths(module) == grown
+    outputs = torch.cat(t.predict(module, loader(16), ckpt_path="best"))
+    assert widths(module) == (3, 8)
+    small = load_grown(Everything, str(tmp_path / "epoch=0.ckpt")).eval()
+    assert_same(small(images().tensors[:1])[:16], outputs[:16])
+    assert widths(load_grown(Everything, last)) == grown
+
+
 def test_growth_stops_at_its_limits(tmp_path: Path) -> None:
     """max_growths, max_params and max_macs hold for the whole run."""
     callback = two_splits(max_growths=2)
