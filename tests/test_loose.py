@@ -17,8 +17,8 @@ from lightning_split.surgery import Split
 from lightning_split.tracing import trace_step
 from torch import Tensor, nn
 
+from exactness import splits
 from networks import loss_of
-from test_exactness import splits
 from test_situations import assert_grows, assert_refused, batch, chain, lin, net
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -1,0 +1,187 @@
+"""Sort neurons into groups by where they occur, and say why the others are left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_split.architecture import (
+    Architecture,
+    ChannelGroup,
+    Index,
+    PortKey,
+    PortMap,
+    ThetaBlock,
+    Unsplittable,
+)
+from lightning_split.labels import NeuronTable
+from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
+from lightning_split.loose import growing_tensors
+
+__all__ = ["Findings"]
+
+_STARVED = "the traced batch sends no sample through the layer that makes them"
+_REFUSED_IN_USE = "no layer that tracing sees reads them"
+
+
+@dataclass
+class Findings:
+    """What the passes over one model have told."""
+
+    layers: Mapping[str, nn.Module]
+    rules: Mapping[str, LayerRule]
+    table: NeuronTable = field(default_factory=NeuronTable)
+    ports: dict[PortKey, Tensor] = field(default_factory=dict)  # ids at each position of each port
+    loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
+    blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
+    passed: set[str] = field(default_factory=set)  # channelwise layers that were called without neurons
+    starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
+    uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    leaked: dict[tuple[str, str], str] = field(default_factory=dict)  # tensors used elsewhere, and by what
+    declined: dict[str, tuple[str, int]] = field(default_factory=dict)  # refused layers: reason and width
+
+    def architecture(self) -> Architecture:
+        """Sort the neurons into groups by where they occur."""
+        self.blank = {key: size for key, size in self.blank.items() if key not in self.ports}
+        self.ports |= {key: torch.full((size,), -1) for key, size in self.blank.items()}
+        self._bar_shared_and_leaked()
+        neuron, runs, reasons = self.table.resolve()
+        made = np.zeros(self.table.size + 1, dtype=bool)  # the last stands for "no neuron"
+        for key, labels in self.ports.items():
+            if port_kind(key[1]) == "out":
+                made[neuron[labels.numpy()]] = True
+        ports: dict[PortKey, PortMap] = {}
+        for key, labels in (self.ports | self.loose).items():
+            raw = labels.numpy()
+            known = (raw >= 0) & made[np.append(neuron, -1)[raw]]  # others met no neuron of a layer
+            if key in self.ports or known.any():
+                ports[key] = PortMap(np.where(known, neuron[raw], -1), np.where(known, runs[raw], -1))
+        places: dict[int, dict[PortKey, int]] = defaultdict(dict)
+        for key, port in ports.items():
+            ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
+            for i, count in zip(ids.tolist(), counts.tolist(), strict=True):
+                places[i][key] = count
+        kinds: dict[tuple[Any, str | None], list[int]] = defaultdict(list)
+        for i in sorted(places):
+            kinds[tuple(sorted(places[i].items())), reasons.get(i)].append(i)
+        return self._named(kinds, ports)
+
+    def _named(
+        self, kinds: Mapping[tuple[Any, str | None], list[int]], ports: Mapping[PortKey, PortMap]
+    ) -> Architecture:
+        order = {key: n for n, key in enumerate(ports)}
+        groups, unsplittable = [], []
+        used: dict[str, int] = defaultdict(int)
+        for (signature, reason), members in sorted(kinds.items(), key=lambda kv: kv[1][0]):
+            keys = sorted((key for key, _ in signature), key=order.__getitem__)
+            group = self._group(keys, members, ports)
+            used[group.name] += 1
+            if used[group.name] > 1:
+                group = dataclasses.replace(group, name=f"{group.name}#{used[group.name]}")
+            why = reason or self._why_not(group)
+            if why is None:
+                groups.append(group)
+            else:
+                unsplittable.append(Unsplittable(group.name, why, group.width))
+        unsplittable += [Unsplittable(path, why, width) for path, (why, width) in self.declined.items()]
+        return Architecture(tuple(groups), tuple(unsplittable), ports, dict(self.uses), self._not_called())
+
+    def _not_called(self) -> str:
+        """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
+        called = (
+            {path for path, _ in self.ports.keys() - self.blank.keys()} | self.declined.keys() | self.passed
+        )
+        with_ports = [p for p in self.rules if p not in called and layer_tensors(self.layers[p])]
+        idle = [path for path in with_ports if not any(path.startswith(f"{c}.") for c in called if c)]
+        if not idle:
+            return ""
+        named = ", ".join(f"'{path}'" for path in idle[:5]) + (" and others" if len(idle) > 5 else "")
+        return f"Layers that no pass called do not grow with the others: {named}."
+
+    def _group(
+        self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
+    ) -> ChannelGroup:
+        by_kind = {
+            kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
+            for kind in ("out", "through", "in")
+        }
+        params, macs = 0, 0.0
+        layouts: dict[str, list[ThetaBlock]] = {"out": [], "through": [], "in": []}
+        rank = np.full(self.table.size, -1)
+        rank[members] = np.arange(len(members))
+        for path in dict.fromkeys(path for path, _ in keys):
+            module = self.layers[path]
+            mine = {port for p, port in keys if p == path}
+            for name, (tensor, axes) in growing_tensors(module).items():
+                for axis, blocks in axes.items():
+                    found = [
+                        _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
+                    ]
+                    kind = port_kind(blocks[0].port)
+                    if not found or not (isinstance(tensor, nn.Parameter) or kind == "through"):
+                        continue
+                    rows = np.concatenate(found, axis=1)
+                    size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
+                    layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
+                    if isinstance(tensor, nn.Parameter):
+                        params += size
+                        macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
+        return ChannelGroup(
+            name=by_kind["out"][0] or "(root)",
+            width=len(members),
+            dim=sum(block.size for block in layouts["out"]),
+            producers=by_kind["out"],
+            channelwise=by_kind["through"],
+            consumers=by_kind["in"],
+            params=params,
+            macs=macs,
+            neurons=tuple(members),
+            theta=tuple(layouts["out"]),
+            through=tuple(layouts["through"]),
+            outgoing=tuple(layouts["in"]),
+        )
+
+    def _why_not(self, group: ChannelGroup) -> str | None:
+        if not group.consumers:
+            return _STARVED if self.starved.intersection(group.producers) else _REFUSED_IN_USE
+        for block in group.theta:
+            tensor = self.layers[block.module]._parameters.get(block.tensor)
+            if tensor is None or not tensor.requires_grad:
+                return f"the incoming weight '{block.module}.{block.tensor}' is frozen (requires_grad=False)"
+        if not group.dim:
+            return "they have no incoming weights of their own"
+        return None
+
+    def _bar_shared_and_leaked(self) -> None:
+        sites: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for path, module in self.layers.items():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    sites[id(tensor)].append((path, name))
+        reasons = dict(self.leaked)
+        for places in sites.values():
+            if len(places) > 1:
+                names = " and ".join(f"'{p}.{n}'" for p, n in places)
+                reasons |= dict.fromkeys(places, f"is one tensor shared by {names}")
+        for (path, name), why in reasons.items():
+            _, axes = growing_tensors(self.layers[path]).get(name, (None, {}))
+            for port in {block.port for blocks in axes.values() for block in blocks}:
+                ids = self.ports.get((path, port), self.loose.get((path, port)))
+                if ids is not None:
+                    self.table.bar(ids.tolist(), f"the tensor '{f'{path}.{name}'.lstrip('.')}' {why}")
+
+
+def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:
+    """Entries of a tensor's axis that each neuron of a group owns in one block, ``(width, r)``, in order."""
+    owner = np.where(port.neuron >= 0, rank[port.neuron], -1)
+    owner = np.repeat(owner, block.multiple)
+    positions = np.flatnonzero(owner >= 0)
+    positions = positions[np.argsort(owner[positions], kind="stable")]
+    return block.start + positions.reshape(width, -1)
