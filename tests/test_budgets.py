@@ -61,7 +61,7 @@ def test_a_target_survives_a_resume(tmp_path: Path, strategy: Any) -> None:
 
 
 def test_measured_latencies_are_kept_in_checkpoints(tmp_path: Path) -> None:
-    """A resumed run does not time again what was timed before, and the growth goes by the same figures."""
+    """A resumed run does not time again what was timed before."""
 
     def strategy() -> KnapsackEnergy:
         return KnapsackEnergy(Target(3, factor=2.0), cost=MeasuredLatency(factors=(1, 2), repeats=1))
@@ -73,7 +73,7 @@ def test_measured_latencies_are_kept_in_checkpoints(tmp_path: Path) -> None:
     _fit(tmp_path / "resumed", again, str(tmp_path / "epoch=1.ckpt"), max_epochs=3)
     kept = again.strategy.state_dict()["latency"]
     assert {key: kept[key] for key in measured} == measured
-    assert again.history[1]["cost_before"] > again.history[0]["cost_before"]
+    assert again.history[0] == whole.history[0]
 
 
 @pytest.mark.parametrize(
