@@ -163,7 +163,8 @@ def test_help_says_what_the_docstrings_say(
     for text in (
         "Grow the network by splitting neurons whenever training stops making progress",
         "--trainer.callbacks.patience PATIENCE Epochs without improvement before a growth.",
-        "lightning_split.Plateau, lightning_split.Every",
+        "lightning_split.Plateau",
+        "lightning_split.Every",
         "lets moments follow their neurons",
     ):
         assert text in printed
