@@ -30,7 +30,7 @@ def bars(counts: dict[str, dict[str, int]], networks: int, slides: dict[str, int
             for n in names
         ]
         drawn = ax.barh(names, shares, color=colours, height=0.65)
-        ax.bar_label(drawn, fmt="%.0f", padding=3)
+        ax.bar_label(drawn, fmt="%.0f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         for (name, share), style in zip(slides.items(), (":", "--"), strict=True):
             ax.axvline(share, color="black", linestyle=style, linewidth=1, label=f"slides, {name}: {share}")
         ax.set(title=data, xlabel="networks of 1000 that reach the solution", xlim=(0, 1000))
@@ -42,7 +42,7 @@ def bars(counts: dict[str, dict[str, int]], networks: int, slides: dict[str, int
 def boundaries(shown: dict[str, tuple[Tensor, Tensor, list[State]]]):
     """A network that the library grows twice: its decision boundary and folds, before and after training."""
     titles = ("2-2-2, trained", "one unit more", "2-3-2, trained", "one unit more", "2-4-2, trained")
-    figure, axes = canvas(10, 4.6, len(shown), len(titles))
+    figure, axes = canvas(9, 4.2, len(shown), len(titles))
     for row, (data, (x, y, states)) in zip(axes, shown.items(), strict=True):
         row[0].set_ylabel(data)
         low, high = x.min(0).values - 0.3, x.max(0).values + 0.3

@@ -99,14 +99,16 @@ def splits(tried: Probe):
         (axes[1, 0], tried.turned, "at once"),
         (axes[1, 1], tried.turned_trained, "trained"),
     ):
-        share = found / found.amax(1, keepdim=True).clamp_min(1e-12)
+        falls = found[found.amax(1) > 0]
+        share = falls / falls.amax(1, keepdim=True)
         for line in share:
             ax.plot(tried.angles, line, color=COLOURS["S2D"], alpha=0.3, linewidth=0.8)
-        ax.plot(tried.angles, share.median(0).values, color="black", label="median of the networks")
+        if len(share):
+            ax.plot(tried.angles, share.median(0).values, color="black", label="median of the networks")
+            ax.legend(loc="lower left")
         ax.set(xlabel="angle to the splitting gradient (degrees)", xticks=range(0, 181, 45))
         ax.set(ylabel="share of the best angle's decrease", ylim=(-1.5, 1.1))
         ax.set_title(f"the best neuron split in all directions: {WHEN[when]}")
-        ax.legend(loc="lower left")
     return figure
 
 
