@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,3 +290,24 @@ def test_several_budgets_reach_the_linear_relaxation() -> None:
     rounded = solve_choices(choices, admissible, exact=False)
     assert admissible(rounded)
     assert relaxed * 0.95 <= gain[rounded].sum() <= gain[found].sum() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 4, 11])
+def test_small_networks_are_solved_exactly_where_iterating_is_not_enough(seed: int) -> None:
+    """Knapsacks with fixed products end below the optimum here, so every combination must be tried."""
+    rng = np.random.default_rng(seed)
+    axes = [Axis(3.0), *(Axis(3.0, ((g, 1.0),)) for g in "abc"), Axis(2.0)]
+    prices = Prices.of([Product(float(rng.integers(1, 9)), pair) for pair in itertools.pairwise(axes)])
+    offered = [candidate(g, i, float(rng.integers(1, 9))) for g in "abc" for i in range(3)]
+    network = NetworkPrices(prices, dict.fromkeys("abc", 3))
+    best = max(
+        math.fsum(c.gain for c in choice if c is not None)
+        for choice in every_choice(offered)
+        if prices.added(counts_of([c for c in choice if c is not None])) <= 0.5 * prices.total
+    )
+
+    def gain(solver: Any) -> float:
+        chosen = KnapsackEnergy(0.5, solver=solver).bind(network).select(offered)
+        return math.fsum(c.gain for c in chosen)
+
+    assert gain("lp") < gain("milp") == best
