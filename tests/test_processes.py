@@ -45,6 +45,7 @@ class Distributed(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("mean_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        self.log("step_loss", loss, on_step=True, on_epoch=False)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -239,8 +240,14 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         {"ema": True},
         {"every_steps": 1, "monitor": "mean_loss"},
         {"every_steps": 1, "monitor": "mean_loss", "ema": True},
+        # of six steps the first is the best and five are no better: growths after steps 6 and 12
+        {
+            "every_steps": 1,
+            "monitor": "step_loss",
+            "plateau": {"interval": "step", "patience": 5, "min_delta": 9.0},
+        },
     ],
-    ids=["epochs", "epochs, average", "steps", "steps, average"],
+    ids=["epochs", "epochs, average", "steps", "steps, average", "by step"],
 )
 def test_resuming_two_processes_equals_the_uninterrupted_run(tmp_path: Path, case: dict[str, Any]) -> None:
     """From every checkpoint but the last: the same growths and bit-identical weights and moments.
