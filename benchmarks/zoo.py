@@ -145,8 +145,9 @@ def share(arch: Any) -> tuple[int, int]:
 HEAD = """\
 # The zoo
 
-What `trace` finds in every classification model of torchvision, for two images of 224 x 224 pixels (299 for
-Inception v3). This page is written by `make zoo`.
+What `trace` finds in {count} of the {all} classification models of torchvision, for two images of 224 x 224
+pixels (299 for Inception v3). `make zoo` writes this page for all of them, and
+`python benchmarks/zoo.py --write docs/zoo.md NAMES` for some.
 
 *Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped
 convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the
@@ -181,7 +182,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"| {reason} | {channels:,} | {len(models[reason])} |" for reason, channels in reasons.most_common()
     ]
     return (
-        HEAD
+        HEAD.format(count=len(rows), all=len(names()))
         + "\n".join(lines)
         + "\n\n## What is left alone\n\n| reason | channels | models |\n|---|---:|---:|\n"
         + "\n".join(left)
