@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -57,10 +58,13 @@ class WeightSize(NamedTuple):
 def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
     """Every tensor with an axis along neurons, and how it grows; one that sits at two places comes twice."""
     groups = _Groups(arch)
+    known: dict[str, set[Port]] = defaultdict(set)
+    for owner, port in arch.ports:
+        known[owner].add(port)
     for path in dict.fromkeys([*(path for path, _ in arch.ports), *arch.uses]):
         layer = model.get_submodule(path)
         ruled = layer_tensors(layer)
-        for name, (tensor, axes) in growing_tensors(layer).items():
+        for name, (tensor, axes) in growing_tensors(layer, known[path]).items():
             if not axes:
                 continue
             sizes = []

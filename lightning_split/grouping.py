@@ -23,7 +23,7 @@ from lightning_split.architecture import (
 )
 from lightning_split.labels import NeuronTable
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
-from lightning_split.loose import growing_tensors
+from lightning_split.loose import growing_tensors, loose_axes, loose_port
 
 __all__ = ["Findings"]
 
@@ -37,9 +37,11 @@ class Findings:
 
     layers: Mapping[str, nn.Module]
     rules: Mapping[str, LayerRule]
+    raw: Mapping[str, Mapping[str, Tensor]]  # the loose tensors of each module
     table: NeuronTable = field(default_factory=NeuronTable)
     ports: dict[PortKey, Tensor] = field(default_factory=dict)  # ids at each position of each port
     loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
+    adopted: set[int] = field(default_factory=set)  # ids of those that met neurons element by element
     blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
     passed: set[str] = field(default_factory=set)  # channelwise layers that were called without neurons
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
@@ -51,6 +53,7 @@ class Findings:
         """Sort the neurons into groups by where they occur."""
         self.blank = {key: size for key, size in self.blank.items() if key not in self.ports}
         self.ports |= {key: torch.full((size,), -1) for key, size in self.blank.items()}
+        raw = self._matrices()
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
         made = np.zeros(self.table.size + 1, dtype=bool)  # the last stands for "no neuron"
@@ -59,10 +62,10 @@ class Findings:
                 made[neuron[labels.numpy()]] = True
         ports: dict[PortKey, PortMap] = {}
         for key, labels in (self.ports | self.loose).items():
-            raw = labels.numpy()
-            known = (raw >= 0) & made[np.append(neuron, -1)[raw]]  # others met no neuron of a layer
-            if key in self.ports or known.any():
-                ports[key] = PortMap(np.where(known, neuron[raw], -1), np.where(known, runs[raw], -1))
+            ids = labels.numpy()
+            known = (ids >= 0) & made[np.append(neuron, -1)[ids]]  # others met no neuron of a layer
+            if key in self.ports or (known.any() and key not in raw):
+                ports[key] = PortMap(np.where(known, neuron[ids], -1), np.where(known, runs[ids], -1))
         places: dict[int, dict[PortKey, int]] = defaultdict(dict)
         for key, port in ports.items():
             ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
@@ -72,6 +75,39 @@ class Findings:
         for i in sorted(places):
             kinds[tuple(sorted(places[i].items())), reasons.get(i)].append(i)
         return self._named(kinds, ports)
+
+    def loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
+        """The ids along an axis of a loose tensor."""
+        path, name = owner
+        key = path, loose_port(name, axis)
+        if key not in self.loose:
+            self.loose[key] = torch.from_numpy(self.table.mint(size))
+        return self.loose[key]
+
+    def _matrices(self) -> set[PortKey]:
+        """Let the axes of raw matrices be the neurons that are read and made there; which axes these are."""
+        found = set()
+        for path, tensors in self.raw.items():
+            for name, tensor in tensors.items():
+                for axis in loose_axes(tensor):
+                    ports = [self.ports.get((path, loose_port(name, axis, kind))) for kind in ("in", "out")]
+                    if all(labels is None for labels in ports):
+                        continue
+                    found.add((path, loose_port(name, axis)))
+                    full = f"{path}.{name}".lstrip(".")
+                    own = self.loose_ids((path, name), axis, tensor.shape[axis]).numpy()
+                    for labels in ports:
+                        if labels is not None:
+                            ids = labels.numpy()
+                            self.table.tie(ids[ids >= 0], own[ids >= 0])
+                            self.table.bar(
+                                own[ids < 0].tolist(),
+                                f"the tensor '{full}' is multiplied with other values too",
+                            )
+                    if ports[0] is not None and (ports[1] is not None or self.adopted.intersection(own)):
+                        why = f"the tensor '{full}' is used in two ways along the same axis"
+                        self.table.bar(own.tolist(), why)
+        return found
 
     def _named(
         self, kinds: Mapping[tuple[Any, str | None], list[int]], ports: Mapping[PortKey, PortMap]
@@ -119,7 +155,7 @@ class Findings:
         for path in dict.fromkeys(path for path, _ in keys):
             module = self.layers[path]
             mine = {port for p, port in keys if p == path}
-            for name, (tensor, axes) in growing_tensors(module).items():
+            for name, (tensor, axes) in growing_tensors(module, mine).items():
                 for axis, blocks in axes.items():
                     found = [
                         _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
@@ -132,7 +168,8 @@ class Findings:
                     layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
                     if isinstance(tensor, nn.Parameter):
                         params += size
-                        macs += size * self.uses.get(path, 0.0) * (tensor.ndim > 1)
+                        multiplied = tensor.ndim > 1 and name not in self.raw[path]
+                        macs += size * self.uses.get(path, 0.0) * multiplied
         return ChannelGroup(
             name=by_kind["out"][0] or "(root)",
             width=len(members),

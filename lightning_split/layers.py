@@ -252,6 +252,13 @@ def rule_for(layer: nn.Module) -> LayerRule | None:
     return None
 
 
+def known_type(layer: nn.Module) -> bool:
+    """Whether there is a rule for the layer's class or one that it is derived from."""
+    return any(
+        cls in _RULES or f"{cls.__module__}.{cls.__qualname__}" in _NAMED_RULES for cls in type(layer).__mro__
+    )
+
+
 def layer_tensors(layer: nn.Module) -> dict[str, tuple[Tensor, dict[int, tuple[Block, ...]]]]:
     """The tensors of a layer that have a neuron axis, by name, with their axes; empty without a rule."""
     rule = rule_for(layer)

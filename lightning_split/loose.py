@@ -12,7 +12,7 @@ guessed in the same way: how many entries they have depends on who reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_split.constants import is_pointwise
-from lightning_split.layers import Block, Port, layer_tensors, rule_for
+from lightning_split.layers import Block, Port, known_type, layer_tensors, rule_for
 
 if TYPE_CHECKING:
     from lightning_split.labels import LabelMode, Owner
 
-__all__ = ["Guesses", "growing_tensors", "loose_axes", "loose_port", "loose_tensors"]
+__all__ = ["Guesses", "growing_tensors", "loose_axes", "loose_port", "loose_size", "loose_tensors"]
 
 
 def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and saved buffers of a module that no rule speaks of, if they could belong to neurons."""
     rule = rule_for(module)
-    if rule is not None and (rule.trusted or rule.refusal(module) is not None):
+    if known_type(module) and (rule is None or rule.trusted or rule.refusal(module) is not None):
         return {}
     taken = layer_tensors(module)
     saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
@@ -51,19 +51,35 @@ def loose_axes(tensor: Tensor) -> list[int]:
     return [axis for axis, size in enumerate(tensor.shape) if size > 1]
 
 
-def loose_port(name: str, axis: int) -> Port:
-    """The port of one axis of a loose tensor."""
-    return f"through:{name}.{axis}"
+def loose_port(name: str, axis: int, kind: str = "through") -> Port:
+    """The port of one axis of a loose tensor; a raw matrix reads or makes neurons there (``in``, ``out``)."""
+    return f"{kind}:{name}.{axis}"
 
 
-def growing_tensors(module: nn.Module) -> dict[str, tuple[Tensor, dict[int, tuple[Block, ...]]]]:
-    """All tensors of a module that may grow, with their axes: its rule's, and the loose ones."""
+def loose_size(tensors: Mapping[str, Tensor], port: Port) -> int | None:
+    """Number of neurons on the port of a loose tensor among these; ``None`` for the ports of rules."""
+    name, _, axis = port.partition(":")[2].rpartition(".")
+    tensor = tensors.get(name) if axis.isdigit() else None
+    return None if tensor is None else int(tensor.shape[int(axis)])
+
+
+def growing_tensors(
+    module: nn.Module, ports: Collection[Port] = ()
+) -> dict[str, tuple[Tensor, dict[int, tuple[Block, ...]]]]:
+    """All tensors of a module that may grow, with their axes: its rule's, and the loose ones.
+
+    Args:
+        module: The module.
+        ports: The ports of the module that are known; they tell what raw matrices read and make.
+    """
     found = layer_tensors(module)
     for name, tensor in loose_tensors(module).items():
-        found[name] = (
-            tensor,
-            {axis: (Block(loose_port(name, axis), 0, tensor.shape[axis], 1),) for axis in loose_axes(tensor)},
-        )
+        axes: dict[int, tuple[Block, ...]] = {}
+        for axis in loose_axes(tensor):
+            kinds = [loose_port(name, axis, kind) for kind in ("in", "out")]
+            port = next((p for p in kinds if p in ports), loose_port(name, axis))
+            axes[axis] = (Block(port, 0, tensor.shape[axis], 1),)
+        found[name] = (tensor, axes)
     return found
 
 
@@ -83,6 +99,7 @@ class Guesses:
         self._found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> list of labels
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> owners
         self._fixed: set[Owner] = set()
+        self.adopted: set[int] = set()  # ids that have met neurons element by element
 
     def among(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those without neurons that have a guess."""
@@ -97,6 +114,7 @@ class Guesses:
             self.fix(tensor, why)
             return
         self._mode.set(tensor, right)
+        self.adopted.update(self._mode.ids(right))
         for labels in guesses:
             if labels is not right:
                 self._bar(tensor, labels, why)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_split.functional import RawMatrices, Reading, port_of, raw_matrices
 from lightning_split.layers import LayerRule, Port, rule_for
 from lightning_split.outlines import shape_only
 
@@ -18,6 +19,10 @@ __all__ = ["Watcher", "watched"]
 
 class Watcher:
     """Sees every place where neurons are read or made; this one changes nothing."""
+
+    def concerns(self, x: Tensor, axis: int) -> bool:
+        """Whether a product with a raw matrix over this axis of ``x`` may be one with neurons."""
+        return True
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """The layer at ``path`` reads ``x``, with neurons along ``axis``; it goes on with the result."""
@@ -45,17 +50,31 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """
     sealed = [0]  # > 0 while a layer's own forward runs
     rules = {path: (layer, rule) for path, layer in model.named_modules() if (rule := rule_for(layer))}
+    matrices = raw_matrices(model)
     kernels = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for path, (layer, rule) in rules.items():
             # An attribute of the instance goes before the method of the class.
             layer.__dict__["forward"] = partial(_run, sealed, watcher, path, layer, rule)
-        yield
+        with RawMatrices(matrices, partial(_multiply, sealed, watcher)) if matrices else nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(kernels)
         for layer, _ in rules.values():
             layer.__dict__.pop("forward", None)
+
+
+def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor | None:
+    """A product with a raw matrix, unless it is a layer's own business."""
+    if sealed[0] or not watcher.concerns(reading.x, reading.axis):
+        return None
+    owner = reading.owner
+    x = watcher.read(*port_of("in", owner, reading.read), reading.x, reading.axis)
+    output: Tensor = watcher.sealed(lambda: reading.call(x))
+    if reading.make is None:
+        return output
+    return watcher.made(*port_of("out", owner, reading.make), output, reading.out)
 
 
 def _run(

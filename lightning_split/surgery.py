@@ -179,7 +179,9 @@ class Surgery:
 
     def _prepare(self) -> None:
         growth: dict[str, dict[Port, AxisGrowth]] = defaultdict(dict)
+        known: dict[str, set[Port]] = defaultdict(set)
         for (path, name), port in self._arch.ports.items():
+            known[path].add(name)
             if bool((self._offspring.number[port.neuron] >= 0).any()):
                 growth[path][name] = grown_port(port, self._offspring)
         self._growth: dict[int, dict[Port, AxisGrowth]] = defaultdict(dict)
@@ -190,7 +192,7 @@ class Surgery:
             layer = self._model.get_submodule(path)
             self._growth[id(layer)] = mine
             self._layers.append(layer)
-            for name, (tensor, axes) in growing_tensors(layer).items():
+            for name, (tensor, axes) in growing_tensors(layer, known[path]).items():
                 ports = {block.port for blocks in axes.values() for block in blocks}
                 if id(tensor) in done or not ports & mine.keys():
                     continue

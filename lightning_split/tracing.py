@@ -15,7 +15,7 @@ from lightning_split.constants import storage_key
 from lightning_split.grouping import Findings
 from lightning_split.labels import BookKeeping, CallMode, LabelMode
 from lightning_split.layers import LayerRule, Port, is_uninitialized, layer_tensors, port_kind, rule_for
-from lightning_split.loose import loose_port, loose_tensors
+from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
 from lightning_split.operators import handler_of
@@ -157,7 +157,8 @@ class _Tracer(Watcher):
         self._follow = follow
         layers = dict(model.named_modules())
         rules = {path: rule for path, m in layers.items() if (rule := rule_for(m)) is not None}
-        self.found = Findings(layers, rules)
+        raw = {path: loose_tensors(m) for path, m in layers.items()}  # untold while watched
+        self.found = Findings(layers, rules, raw)
         self.seen: dict[bool, Readings] = {}
         self._made: dict[PortKey, Tensor] = {}  # ids of all channels of an output, tile by tile
         self._batch_size = batch_size
@@ -178,7 +179,7 @@ class _Tracer(Watcher):
         self._stack = []
         self._reading = Readings()
         self._mode = mode = LabelMode(
-            self.found.table, self._where, handler_of, self._follow, self._loose_ids
+            self.found.table, self._where, handler_of, self._follow, self.found.loose_ids
         )
         with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
             mode.owned = {
@@ -207,14 +208,8 @@ class _Tracer(Watcher):
             if self._outputs_count:
                 mode.leak([tensor], "is part of the model's output")
         self.found.leaked.update(mode.leaked)
+        self.found.adopted |= mode.guesses.adopted
         self.seen[train] = self._reading
-
-    def _loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
-        path, name = owner
-        key = path, loose_port(name, axis)
-        if key not in self.found.loose:
-            self.found.loose[key] = torch.from_numpy(self.found.table.mint(size))
-        return self.found.loose[key]
 
     def _where(self) -> str:
         inner = next((p for p in reversed(self._stack) if p), "")
@@ -294,6 +289,13 @@ class _Tracer(Watcher):
             self._mode.suspended -= 1
             self._mode.inside -= 1
 
+    def concerns(self, x: Tensor, axis: int) -> bool:
+        """Weights of positions are the same for all neurons; such a product is an operator like others."""
+        labels = self._mode.get(x)
+        with BookKeeping():
+            vary = [] if labels is None else self._mode.varying(labels)
+        return not any(v for d, v in enumerate(vary) if d != axis % x.ndim)
+
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Let a layer consume the labels of its input."""
         mode = self._mode
@@ -327,10 +329,10 @@ class _Tracer(Watcher):
         return x
 
     def _label(self, path: str, port: Port, x: Tensor, axis: int) -> None:
-        mode, rule, layer = self._mode, self.found.rules[path], self.found.layers[path]
+        mode, layer = self._mode, self.found.layers[path]
         axis %= x.ndim
         if port_kind(port) == "through":
-            profile = self._passing.pop(path, None)
+            rule, profile = self.found.rules[path], self._passing.pop(path, None)
             if profile is None:
                 return
             size = rule.port_size(layer, port)
@@ -341,8 +343,9 @@ class _Tracer(Watcher):
         else:
             key: PortKey = (path, port)
             if key not in self._made:
+                tiles = 1 if loose_size(self.found.raw[path], port) else self.found.rules[path].tiles(layer)
                 self._made[key] = torch.from_numpy(self.found.table.mint(x.shape[axis]))
-                rows = self._made[key].view(rule.tiles(layer), -1)
+                rows = self._made[key].view(tiles, -1)
                 self.found.table.tie(rows[:1].expand(rows.shape).flatten().numpy(), rows.flatten().numpy())
                 self.found.ports[key] = rows[0].clone()
             profile = self._made[key]
@@ -393,9 +396,11 @@ class _Tracer(Watcher):
             self.found.ports[key] = labels.clone()
 
     def _consume(self, path: str, port: Port, x: Tensor, axis: int) -> None:
-        mode, rule, layer = self._mode, self.found.rules[path], self.found.layers[path]
-        size = rule.port_size(layer, port)
-        kind = type(layer).__name__
+        mode, layer = self._mode, self.found.layers[path]
+        size, tiles, kind = loose_size(self.found.raw[path], port), 1, type(layer).__name__
+        if size is None:
+            rule = self.found.rules[path]
+            size, tiles = rule.port_size(layer, port), rule.tiles(layer)
         if size is not None and mode.get(x) is None and (mode.constants.uniform(x) or not x.numel()):
             self.found.blank[path, port] = size  # zeros before the first step, an expert without samples
             return
@@ -403,7 +408,6 @@ class _Tracer(Watcher):
             mode.bar([x], f"the {kind} '{path}' is not linear in the neurons it reads")
             return
         labels = self._profile(f"'{path}'", x, axis)
-        tiles = rule.tiles(layer)
         if labels is not None and len(labels) != tiles * size:
             mode.bar([x], f"the {kind} '{path}' reads another number of channels")
             labels = None

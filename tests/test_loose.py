@@ -231,7 +231,7 @@ def test_a_vector_that_is_used_otherwise_too_bars_its_neurons() -> None:
 
     other(lambda m, x: m.w.mean().expand(4, 1), "the tensor 'w' is")
     other(lambda m, x: m.w.cumsum(0)[-1:], "cumsum mixes the neurons.*seen on the tensor 'w'")
-    other(lambda m, x: (torch.randn(4, 6) @ m.w)[:, None], "'w', which no rule covers.*mv")
+    other(lambda m, x: (torch.randn(4, 6) @ m.w)[:, None], "'w' is multiplied with other values too")
     other(lambda m, x: m.w[:4].mean(), "slice cuts")
 
 

@@ -1,0 +1,173 @@
+"""Raw matrices: parameters of modules without a rule that a forward pass multiplies activations with.
+
+``x @ self.weight``, ``F.linear(x, self.weight)``, ``F.conv2d(x, self.weight)`` and ``torch.einsum`` with such
+a matrix read neurons along one of its axes and make neurons along another, like a layer. Which axes those are
+shows in the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_split.layers import Port
+from lightning_split.loose import loose_port, loose_tensors
+
+__all__ = ["RawMatrices", "Reading", "port_of", "raw_matrices"]
+
+Owner = tuple[str, str]
+
+
+class Reading(NamedTuple):
+    """A call that multiplies neurons with a raw matrix."""
+
+    owner: Owner
+    x: Tensor
+    axis: int  # of x, along which neurons are read
+    read: int  # the matrix's axis along which it reads neurons
+    make: int | None  # and makes some; None for a vector
+    out: int  # axis of the result along which neurons are made
+    call: Callable[[Tensor], Tensor]  # with what was read
+    bias: Tensor | None = None  # added to the result
+
+
+def raw_matrices(model: nn.Module) -> dict[int, Owner]:
+    """The loose parameters that may be multiplied with, by identity."""
+    return {
+        id(tensor): (path, name)
+        for path, module in model.named_modules()
+        for name, tensor in loose_tensors(module).items()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    }
+
+
+class RawMatrices(TorchFunctionMode):
+    """Tells when a raw matrix is multiplied with activations.
+
+    Args:
+        owners: :func:`raw_matrices` of the model.
+        through: Runs such a call, with neurons read before it and made after it.
+    """
+
+    def __init__(self, owners: dict[int, Owner], through: Callable[[Reading], Tensor | None]) -> None:
+        super().__init__()
+        self._owners = owners
+        self._through = through
+        self._turned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # transposed matrices -> whose they are
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _TURNS or func in _TURNING:
+            out = func(*args, **kwargs)
+            matrix: Any = args[0] if args else None
+            owner = self._owners.get(id(matrix))
+            if owner is not None and matrix.ndim == 2 and out.stride() == matrix.stride()[::-1]:
+                self._turned[out] = owner
+            return out
+        reader = _READERS.get(name)
+        reading = reader(self, func, *args, **kwargs) if reader is not None else None
+        done = None if reading is None else self._through(reading)
+        if done is None:
+            return func(*args, **kwargs)
+        return done if reading is None or reading.bias is None else done + reading.bias
+
+    def whose(self, tensor: Any) -> tuple[Owner, bool] | None:
+        """Whose matrix this is, and whether it is transposed."""
+        if not isinstance(tensor, Tensor):
+            return None
+        owner = self._owners.get(id(tensor))
+        if owner is not None:
+            return owner, False
+        turned: Owner | None = self._turned.get(tensor)
+        return None if turned is None else (turned, True)
+
+
+def port_of(kind: str, owner: Owner, axis: int) -> tuple[str, Port]:
+    """The port on which a raw matrix reads or makes neurons."""
+    path, name = owner
+    return path, loose_port(name, axis, kind)
+
+
+def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = None) -> Reading | None:
+    found = mode.whose(weight)
+    if found is None or weight.ndim != 2 or mode.whose(input) is not None:
+        return None
+    owner, turned = found
+    return Reading(owner, input, -1, 1 - turned, int(turned), -1, lambda x: func(x, weight), bias)
+
+
+def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
+    if len(args) != 2 or kwargs or not all(isinstance(t, Tensor) for t in args):
+        return None
+    x, weight = args
+    found = mode.whose(weight)
+    if found is None or weight.ndim > 2 or mode.whose(x) is not None or not x.ndim:
+        return None
+    owner, turned = found
+    make = None if weight.ndim == 1 else 1 - turned
+    return Reading(owner, x, -1, int(turned), make, -1, lambda x: func(x, weight))
+
+
+def _conv(
+    mode: RawMatrices,
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Reading | None:
+    found = mode.whose(weight)
+    if found is None or groups != 1 or mode.whose(input) is not None:
+        return None
+    axis = 1 - weight.ndim
+    if bias is not None:
+        bias = bias.view(-1, *[1] * (weight.ndim - 2))
+    rest = stride, padding, dilation, groups
+    return Reading(found[0], input, axis, 1, 0, axis, lambda x: func(x, weight, None, *rest), bias)
+
+
+def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
+    if len(args) != 3 or not isinstance(args[0], str) or kwargs or "->" not in args[0]:
+        return None
+    terms, out = args[0].replace(" ", "").split("->")
+    for n in (0, 1):
+        x, weight = args[2 - n], args[1 + n]
+        found = mode.whose(weight)
+        if found is None or found[1] or mode.whose(x) is not None:
+            continue
+        of_weight, of_x = terms.split(",")[n], terms.split(",")[1 - n]
+        if "." in args[0] or len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
+            return None
+        gone = [c for c in of_weight if c in of_x and c not in out]
+        new = [c for c in of_weight if c not in of_x]
+        if len(gone) != 1 or any(c not in out for c in new):
+            return None
+
+        def call(read: Tensor, first: int = n, weight: Tensor = weight) -> Tensor:
+            result: Tensor = func(args[0], *((weight, read) if first == 0 else (read, weight)))
+            return result
+
+        make = of_weight.index(new[-1]) if new else None
+        at = out.index(new[-1]) if new else 0
+        return Reading(found[0], x, of_x.index(gone[0]), of_weight.index(gone[0]), make, at, call)
+    return None
+
+
+_TURNS = {"t", "transpose", "swapaxes", "adjoint"}
+_TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_READERS: dict[str, Callable[..., Reading | None]] = {
+    "linear": _linear,
+    **dict.fromkeys(["matmul", "__matmul__", "mm", "mv"], _matmul),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _conv),
+    "einsum": _einsum,
+}

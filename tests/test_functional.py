@@ -1,0 +1,208 @@
+"""Raw matrices that a forward pass multiplies with are layers: they read neurons and make neurons."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_split import TopK, fit_to_state_dict, grow, split_neurons, trace
+from lightning_split.curvature import SplittingOperator
+from lightning_split.growers import GradMax
+from lightning_split.surgery import Split
+from torch import Tensor, nn
+
+from exactness import splits
+from networks import loss_of
+from test_situations import assert_grows, assert_refused, batch, chain, lin, net
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+def two_layers(call: Callable[[nn.Module, Tensor], Tensor], **parts: Any) -> nn.Module:
+    """A layer of 5 neurons, a raw matrix to 6, and a layer that reads those."""
+    return net(lambda m, x: m.c(torch.tanh(call(m, torch.tanh(m.a(x))))), a=lin(3, 5), c=lin(6, 2), **parts)
+
+
+CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] = {
+    "linear": (lambda m, h: F.linear(h, m.w, m.b), (6, 5)),
+    "linear, transposed": (lambda m, h: F.linear(h, m.w.t()) + m.b, (5, 6)),
+    "matmul": (lambda m, h: h @ m.w + m.b, (5, 6)),
+    "matmul, transposed": (lambda m, h: torch.matmul(h, m.w.T) * m.b, (6, 5)),
+    "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
+    "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
+    "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_raw_matrices_grow_on_both_sides(name: str) -> None:
+    """The neurons that enter them, and those that they make; the bias is copied."""
+    call, shape = CALLS[name]
+    arch = assert_grows(
+        two_layers(call, w=matrix(*shape), b=matrix(6)), batch(), groups=["a", "(root)"], rounds=1
+    )
+    assert arch.group("(root)").dim == 5 * (2 if len(shape) == 3 and shape[0] == 2 else 1)
+    assert "" in arch.group("a").consumers
+
+
+def test_a_graph_convolution_grows() -> None:
+    """Raw weights in a module of their own, called twice, and a product with the graph between."""
+
+    class Graph(nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.weight, self.bias = matrix(i, o), matrix(o)
+
+        def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+            return graph @ torch.mm(x, self.weight) + self.bias
+
+    model = net(
+        lambda m, x, g: m.c(torch.tanh(m.b(torch.tanh(m.b(torch.tanh(m.a(x, g)), g)), g)), g),
+        a=Graph(3, 5),
+        b=Graph(5, 5),
+        c=Graph(5, 2),
+    )
+    arch = assert_grows(model, batch(6), torch.rand(6, 6), groups=["a"])
+    assert arch.group("a").producers == ("a", "b")
+
+
+def test_a_vector_that_weighs_neurons_reads_them() -> None:
+    """Attention over steps: the scores are products with a raw vector."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        return m.c((h * (h @ m.v).softmax(1)[..., None]).sum(1))
+
+    model = net(fwd, a=lin(3, 5), v=matrix(5), c=lin(5, 2))
+    assert assert_grows(model, torch.randn(4, 6, 3), groups=["a"]).group("a").consumers == ("", "c")
+
+
+def test_low_rank_updates_of_a_subclass_grow() -> None:
+    """A linear layer with two raw matrices beside its own weight."""
+
+    class LowRank(nn.Linear):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__(i, o)
+            self.down, self.up = matrix(2, i), matrix(o, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias) + (x @ self.down.T) @ self.up.T
+
+    arch = assert_grows(chain(b=LowRank(5, 6)), batch(), groups=["a", "b", "b#2", "c"])
+    assert arch.group("b#2").width in (2, 6)
+
+
+def test_predictions_for_raw_matrices_hold() -> None:
+    """The rows are the incoming weights: second order, and the remainder falls as the fourth power."""
+    model = two_layers(lambda m, h: h @ m.w + m.b, w=matrix(5, 6), b=matrix(6))
+    x, loss = batch(16), loss_of(torch.randn(16, 2))
+    arch = trace(model, x)
+    direction = torch.randn(5)
+    direction /= direction.norm()
+    vectors = torch.zeros(6, 5)
+    vectors[3] = direction
+    product = SplittingOperator(model, arch, [x], loss).matvec({"(root)": vectors})["(root)"]
+    errors = []
+    for eps in (0.1, 0.05):
+        wide = copy.deepcopy(model)
+        moves = torch.stack([eps * direction, -eps * direction])
+        split_neurons(wide, [Split("(root)", 3, (0.5, 0.5), moves)], arch=arch)
+        torch.testing.assert_close(wide.w[:, 3] - wide.w[:, 4], 2 * eps * direction)
+        with torch.no_grad():
+            change = float(loss(wide, x) - loss(model, x))
+        errors.append(change - eps**2 / 2 * float(product[3] @ direction))
+    assert 16 / 1.35 < errors[0] / errors[1] < 16 * 1.35
+
+
+@pytest.mark.parametrize("grower", [None, GradMax()], ids=["splitting", "gradmax"])
+def test_a_network_of_raw_matrices_grows_and_loads(grower: Any) -> None:
+    """Every grower, and a seed-sized module that loads the grown state."""
+    model = net(
+        lambda m, x: torch.tanh(torch.tanh(m.a(x)) @ m.w1) @ m.w2,
+        a=lin(3, 4),
+        w1=matrix(4, 5),
+        w2=matrix(5, 2),
+    )
+    seed, x = copy.deepcopy(model), batch(32)
+    targets = torch.randn(32, 2)
+    for _ in range(2):
+        grow(model, [x], loss_of(targets), grower=grower, significance=None)
+    assert model.w2.shape[0] > 5
+    fit_to_state_dict(seed, model.state_dict())
+    seed.load_state_dict(model.state_dict())
+    torch.testing.assert_close(seed(x), model(x), rtol=0, atol=0)
+
+
+def test_the_limit_on_parameters_counts_raw_ones() -> None:
+    """Vectors and matrices without a rule are part of what a neuron costs."""
+    model = two_layers(lambda m, h: h @ m.w * m.b, w=matrix(5, 6), b=matrix(6))
+    x, before = batch(32), sum(p.numel() for p in model.parameters())
+    arch = trace(model, x)
+    assert arch.group("(root)").params == 5 + 1 + 2
+    assert arch.group("a").params == 4 + 6
+    limit, loss = before + 25, loss_of(torch.randn(32, 2))
+    grow(model, [x], loss, strategy=TopK(1.0), max_params=limit, significance=None)
+    after = sum(p.numel() for p in model.parameters())
+    assert before < after <= limit
+
+
+def test_ten_growths_of_raw_matrices_stay_exact() -> None:
+    """Against what the network computed at first."""
+    model, x = two_layers(lambda m, h: F.linear(h, m.w, m.b), w=matrix(6, 5), b=matrix(6)), batch()
+    expected, rng = model(x).detach(), np.random.default_rng(0)
+    for _ in range(10):
+        arch = trace(model, x)
+        split_neurons(model, splits(arch, rng, "ghosts"), arch=arch)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_products_over_positions_cost_no_neuron() -> None:
+    """A raw matrix that mixes positions is the same for every neuron."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.conv(x)) @ m.mix + m.bias
+        return m.c(torch.tanh(h).sum(2))
+
+    model = net(fwd, conv=nn.Conv1d(2, 4, 3), mix=matrix(6, 5), bias=matrix(5), c=lin(4, 2))
+    assert_grows(model, torch.randn(3, 2, 8), groups=["conv"], rounds=1)
+
+
+# what is refused -----------------------------------------------------------------------------------
+
+
+def test_one_axis_with_two_meanings_is_refused() -> None:
+    """What is read and made along one axis cannot be scaled and copied at once."""
+    model = net(
+        lambda m, x: F.linear(torch.tanh(F.linear(torch.tanh(m.a(x)), m.w)), m.w.t()),
+        a=lin(3, 5),
+        w=matrix(6, 5),
+    )
+    assert_refused(assert_grows(model, batch(), groups=[]), "(root)", "two ways")
+    model = two_layers(lambda m, h: (h * m.w.mean(1)) @ m.w, w=matrix(5, 6))
+    arch = trace(model, batch())
+    assert "a" not in arch.widths
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda m, h: h @ m.w + 0 * m.w.sum(0), "sum mixes|two ways|add"),
+        (lambda m, h: h @ m.w + (torch.ones(4, 3) @ m.w[:3]), "which no rule covers"),
+        (lambda m, h: torch.cdist(h, m.w.t()) + h @ m.w, "distances|cdist|which no rule"),
+    ],
+)
+def test_a_matrix_that_is_used_otherwise_too_is_refused(call: Any, why: str) -> None:
+    """The neurons on the other use's axes stay; nothing grows wrongly."""
+    model = two_layers(call, w=matrix(5, 6))
+    arch = assert_grows(model, batch(), groups=list(trace(model, batch()).widths), rounds=1)
+    refused = {u.name: u.reason for u in arch.unsplittable}
+    assert "a" in refused or "(root)" in refused, why
