@@ -150,7 +150,7 @@ class SplittingOperator:
         many = [{name: v[:, k] for name, v in vectors.items()} for k in range(count)]
         for number in range(self.num_batches):
             products = [{name: torch.zeros_like(v) for name, v in vectors.items()} for vectors in many]
-            self._apply(number, many, products)
+            self._apply(number, many, products, keep=False)  # every batch is looked at once
             yield {
                 name: torch.stack([(v[:, k] * products[k][name]).sum(-1) for k in range(count)], dim=1)
                 for name, v in vectors.items()
@@ -186,7 +186,7 @@ class SplittingOperator:
                     f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
                 )
 
-    def _apply(self, number: int, many: list[Vectors], answers: list[Vectors]) -> None:
+    def _apply(self, number: int, many: list[Vectors], answers: list[Vectors], *, keep: bool = True) -> None:
         """Add the products of one batch with several sets of vectors, from one preparation."""
         kept = self._kept.get(number)
         if kept is not None:
@@ -196,13 +196,14 @@ class SplittingOperator:
         batch = self._batches[number]
         cotangents = self._cotangents(batch, number)
         smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
+        lean = LeanDerivatives()
         reads: list[Tensor] = []
 
         def cut(x: Tensor) -> Tensor:
             reads.append(x)
             return x.detach()
 
-        with self._running(cut), smooth, LeanDerivatives():
+        with self._running(cut), smooth, lean:
             self._loss_fn(self._model, batch)
             if len(reads) != len(cotangents):
                 raise ValueError(
@@ -215,7 +216,7 @@ class SplittingOperator:
             reads.clear()
             del pairs, cotangents
             size = sum(segment.size for segment in parts)
-            keep = self._kept_bytes + size <= self._cache_bytes
+            keep = keep and self._kept_bytes + size <= self._cache_bytes and not lean.recomputed
             done = []
             while parts:
                 segment = parts.pop(0)

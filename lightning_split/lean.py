@@ -114,17 +114,29 @@ for _dims, _functions in _CONVOLUTIONS.items():
         _LEAN[_function] = partial(_convolution, _dims, _function)
 
 
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 class LeanDerivatives(TorchFunctionMode):
     """While active, convolutions of constants and BatchNorm in eval mode have cheap second derivatives.
 
     Values and derivatives in the weights of convolutions, and in what is normalised, are those of torch up to
     rounding. Parameters of BatchNorm count as constants.
+
+    Attributes:
+        recomputed: Whether some part ran under hooks that make anew what is saved, as gradient checkpointing
+            does; its graph must not be used outside of the mode, where it would be made in another way.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recomputed = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        self.recomputed = self.recomputed or _hooks(False) is not None
         lean = _LEAN.get(func)
         found = None if lean is None else lean(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found

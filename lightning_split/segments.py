@@ -45,12 +45,8 @@ class Segment:
     def differentiate(self) -> None:
         """Form the gradient of φ in θ with its graph; before any product."""
         theta = list(self.theta.values())
-        first: Sequence[Tensor | None] = torch.autograd.grad(
-            [x for x, _ in self._reads],
-            theta,
-            [c.to(x.dtype) for x, c in self._reads],
-            create_graph=True,
-            allow_unused=True,
+        first = _gradients(
+            [x for x, _ in self._reads], theta, [c.to(x.dtype) for x, c in self._reads], create_graph=True
         )
         # A gradient without history is constant in θ: those weights have no second derivative.
         self._first = {
@@ -70,12 +66,11 @@ class Segment:
         if not keys:
             return {}
         try:
-            found: Sequence[Tensor | None] = torch.autograd.grad(
+            found = _gradients(
                 [self._first[k] for k in keys],
                 [self.theta[k] for k in asked],
                 [directions[k] for k in keys],
-                retain_graph=True,
-                allow_unused=True,
+                create_graph=False,
             )
         except RuntimeError as error:
             raise no_second_derivative(error) from error
@@ -164,6 +159,27 @@ class Layout:
                     source = product.movedim(block.axis, 0)
                     source = source if rows is None else source[rows]
                     into[name][:, columns] += source.reshape(len(block.rows), -1).to(into[name].dtype)
+
+
+def _gradients(
+    outputs: list[Tensor], inputs: list[nn.Parameter], weights: list[Tensor], *, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad``, retaining the graph, for what may run forward passes on its way.
+
+    Gradient checkpointing does. ``torch.autograd.grad`` itself would be an overridden function to the modes
+    that are active, and such a function runs without them; the passes would lose the smooth derivatives.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    found: Sequence[Tensor | None] = engine.run_backward(
+        tuple(outputs),
+        tuple(weights),
+        True,
+        create_graph,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 def no_second_derivative(error: RuntimeError) -> Exception:

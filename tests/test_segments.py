@@ -10,6 +10,7 @@ from lightning_split import trace
 from lightning_split.curvature import SplittingOperator
 from lightning_split.segments import Segment, segments
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from networks import CASES, loss_of
 
@@ -88,3 +89,31 @@ def test_several_vectors_take_one_preparation() -> None:
         for form, product in zip(forms, products, strict=True):
             for name, v in vectors.items():
                 torch.testing.assert_close(form[name][:, k], (v[:, k] * product[name]).sum(-1))
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, *, recompute: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.recompute = recompute
+
+    def _block(self, x: Tensor) -> Tensor:
+        return self.second(x.relu()).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = checkpoint(self._block, x, use_reentrant=False) if self.recompute else self._block(x)
+        return self.third(x)
+
+
+def test_graphs_that_are_made_anew_are_not_kept() -> None:
+    """Gradient checkpointing: equal products, again and again, though there is room for the graphs."""
+    plain, saving = _Checkpointed(recompute=False), _Checkpointed(recompute=True)
+    saving.load_state_dict(plain.state_dict())
+    x, loss = torch.randn(8, 4), loss_of(torch.randn(8, 2))
+    operators = [SplittingOperator(model, trace(model, x), [x], loss) for model in (plain, saving)]
+    v = {name: torch.randn(shape) for name, shape in operators[0].shapes.items()}
+    for _ in range(3):
+        expected, found = (operator.matvec(v) for operator in operators)
+        assert all(torch.equal(found[name], expected[name]) for name in v)
+    assert [len(operator._kept) for operator in operators] == [1, 0]
