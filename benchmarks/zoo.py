@@ -5,6 +5,7 @@ Every model runs in a process of its own:
     python benchmarks/zoo.py                       # all of them, as a table
     python benchmarks/zoo.py resnet18 vit_b_16     # some of them
     python benchmarks/zoo.py --write docs/zoo.md   # into the page of the documentation (make zoo)
+    python benchmarks/zoo.py --results zoo.jsonl   # note results in a file; what is there is not run again
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,6 +37,14 @@ def names() -> list[str]:
     from torchvision import models
 
     return models.list_models(module=models)
+
+
+def by_cost() -> list[str]:
+    """The same, the cheapest forward pass first."""
+    from torchvision import models
+
+    cost = {name: models.get_model_weights(name).DEFAULT.meta["_ops"] for name in names()}
+    return sorted(cost, key=cost.__getitem__)
 
 
 def build(name: str, **options: Any) -> Any:
@@ -156,6 +166,8 @@ displacement: in float64, in eval and in train mode, all parameters random, imag
 benchmarks/zoo.py --one deviation NAME` prints it). *Forward* and *trace* are CPU time of one call, all cores
 together, and *memory* is the peak of `trace` over that of one forward pass, parameters included.
 
+{summary}
+
 What is left alone has a mathematical reason, named below the table.
 
 | model | groups | neurons | channels that can be split | deviation | forward | trace | memory |
@@ -163,8 +175,26 @@ What is left alone has a mathematical reason, named below the table.
 """
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The extremes, in a sentence or two."""
+    whole = sum(r["channels"] == r["hidden"] for r in rows)
+    slow = max(rows, key=lambda r: r["trace_cpu_s"])
+    large = max(rows, key=lambda r: r["memory"])
+    found = (
+        f"All hidden channels can be split in {whole} of these models. Tracing takes at most "
+        f"{slow['trace_cpu_s']:.1f} s ({slow['name']}) and {large['memory']:.2f} times the memory of a "
+        f"forward pass ({large['name']})"
+    )
+    proven = [r for r in rows if r["deviation"] is not None]
+    if proven:
+        worst = max(proven, key=lambda r: r["deviation"])
+        found += f"; no output deviates by more than {told(worst['deviation'])} ({worst['name']})"
+    return textwrap.fill(f"{found}.", 110)
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """The page of the documentation."""
+    rows = sorted(rows, key=lambda r: names().index(r["name"]))
     lines = [
         f"| {r['name']} | {r['groups']} | {r['neurons']:,} "
         f"| {r['channels'] / r['hidden']:.0%} of {r['hidden']:,} "
@@ -182,7 +212,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"| {reason} | {channels:,} | {len(models[reason])} |" for reason, channels in reasons.most_common()
     ]
     return (
-        HEAD.format(count=len(rows), all=len(names()))
+        HEAD.format(count=len(rows), all=len(names()), summary=summary(rows))
         + "\n".join(lines)
         + "\n\n## What is left alone\n\n| reason | channels | models |\n|---|---:|---:|\n"
         + "\n".join(left)
@@ -192,25 +222,41 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("models", nargs="*", help="names of models (default: all)")
+    parser.add_argument("models", nargs="*", help="names of models (default: all, the cheapest first)")
     parser.add_argument("--write", type=Path, help="page that receives the table")
+    parser.add_argument("--results", type=Path, help="file of JSON lines with the results so far")
     parser.add_argument("--no-proof", action="store_true", help="do not split anything, only trace")
     parser.add_argument("--one", choices=("measure", "deviation"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(globals()[args.one](args.models[0])))
         return
-    rows: list[dict[str, Any]] = []
-    for name in args.models or names():
-        rows.append(in_process("measure", name) | {"deviation": None})
-        show(rows[-1], args, rows)
-    for row in [] if args.no_proof else rows:
-        row["deviation"] = in_process("deviation", row["name"])
-        show(row, args, rows)
+    known = args.results.read_text().splitlines() if args.results and args.results.exists() else []
+    rows = {row["name"]: row for row in map(json.loads, known)}
+    failed = []
+    for name in args.models or by_cost():
+        if name in rows:
+            continue
+        try:
+            row = in_process("measure", name)
+            row["deviation"] = None if args.no_proof else in_process("deviation", name)
+        except subprocess.CalledProcessError as error:
+            failed.append(name)
+            print(f"{name}: {error.stderr}", file=sys.stderr, flush=True)
+            continue
+        rows[name] = row
+        show(row)
+        if args.results:
+            with args.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if args.write:
+            args.write.write_text(page([*rows.values()]))
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}.")
 
 
-def show(row: dict[str, Any], args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print what is known of a model, and write the page as far as it is known."""
+def show(row: dict[str, Any]) -> None:
+    """Print what is known of a model."""
     print(
         f"{row['name']:24} {row['groups']:4} groups {row['neurons']:6} neurons "
         f"{row['channels'] / row['hidden']:6.1%} of {row['hidden']:6} channels   "
@@ -219,8 +265,6 @@ def show(row: dict[str, Any], args: argparse.Namespace, rows: list[dict[str, Any
         f"trace {row['trace_s']:5.2f} s (CPU {row['trace_cpu_s']:5.2f} s)  memory x {row['memory']:.2f}",
         flush=True,
     )
-    if args.write:
-        args.write.write_text(page(rows))
 
 
 def told(deviation: float | None) -> str:
@@ -230,9 +274,7 @@ def told(deviation: float | None) -> str:
 def in_process(what: str, name: str) -> Any:
     """Run one measurement in a process of its own."""
     command = [sys.executable, __file__, "--one", what, name]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        sys.exit(f"{name}: {done.stderr}")
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
     return json.loads(done.stdout.splitlines()[-1])
 
 

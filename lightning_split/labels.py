@@ -67,8 +67,7 @@ class NeuronTable:
 
     def fuse(self, ids: Ids) -> bool:
         """Declare neighbouring ids one block; ``False`` if they are not neighbours."""
-        ids = np.unique(ids)
-        members = np.flatnonzero(np.isin(self._runs, ids))  # whole blocks fuse
+        members = np.flatnonzero(np.isin(self._runs, self._runs[ids]))  # whole blocks fuse
         if len(members) != members[-1] - members[0] + 1:
             return False
         self._runs[members] = members[0]

@@ -89,7 +89,13 @@ def _run(
     if sealed[0]:
         return type(layer).forward(layer, *args, **kwargs)
     marks = _Marks(sealed, watcher, path, layer, rule)
-    return watcher.around(path, layer, args, kwargs, lambda: rule.forward(layer, marks, *args, **kwargs))
+
+    def call() -> Any:
+        if rule.refusal(layer) is not None:  # its rule may not know how to compute what it computes
+            return marks.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
+        return rule.forward(layer, marks, *args, **kwargs)
+
+    return watcher.around(path, layer, args, kwargs, call)
 
 
 class _Marks:
