@@ -100,6 +100,8 @@ def _trace(
         del tracer
     finally:
         outline.forget()
+    if not arch.groups and not arch.unsplittable:
+        return dataclasses.replace(arch, note=f"{_opaque(model)} {arch.note}".strip())
     return verified_values(model, arch, run, example, compare_outputs=compare_outputs)
 
 
@@ -136,6 +138,20 @@ def _labelled(
             f"Branches used in {other} mode only were not seen, because a pass in that mode fails: {what}"
         )
     return tracer, ""
+
+
+def _opaque(model: nn.Module) -> str:
+    """What a network consists of in which no layer was seen."""
+    kinds: dict[str, str] = {}
+    for path, module in model.named_modules():
+        inner = any(not name.startswith("_") for name, _ in module.named_children())
+        if not inner and not path.rpartition(".")[2].startswith("_"):
+            kinds.setdefault(f"{type(module).__module__}.{type(module).__qualname__}", path or "(root)")
+    what = ", ".join(f"'{path}' ({kind})" for kind, path in list(kinds.items())[:5])
+    return (
+        f"No layer that has a LayerRule was called. The network consists of {what}. Quantized and scripted "
+        "modules cannot be looked into; other layers need a rule (register_layer_rule)."
+    )
 
 
 class _Tracer(Watcher):
