@@ -144,8 +144,8 @@ def methods(setting: Setting) -> dict[str, Move]:
         "from scratch": lambda n, data, g: n,
         "best of 100 new": lambda n, data, g: best_new(n, data, g)[0],
         "best new, trial": mixed(setting.trial, splits=False),
-        "Mixed, no trial": mixed(0),
-        "Mixed": mixed(setting.trial),
+        "Mixed": mixed(0),
+        "Mixed, trial": mixed(setting.trial),
     }
 
 

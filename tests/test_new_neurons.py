@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from lightning_split import (
 from lightning_split.context import GrowthContext
 from lightning_split.deciding import as_split
 from lightning_split.growers import Grower, NotApplicableError
-from lightning_split.growers.folding import Instance, fold_point, typical_instances
+from lightning_split.growers.folding import Instance, fold_point, steepest_turn, typical_instances
 from lightning_split.growers.gradmax import leading_pairs
 from lightning_split.selection import Candidate, best_per_neuron
 from lightning_split.significance import FreshBatches
@@ -295,7 +296,7 @@ def test_folds_pass_through_the_decision_boundary_nearest_a_typical_instance() -
     model, loss, batches = _separation()
     arch = trace(model, batches[0][0])
     context = GrowthContext(model, arch, loss, batches)
-    found = Folding(clusters=4).propose(context, step_size=1e-2).candidates
+    found = Folding(clusters=4, direction="instance").propose(context, step_size=1e-2).candidates
     assert 1 < len(found) <= 4
     theta = weights_of(model, arch.group("0"), "incoming")
     x, y = batches[0]
@@ -325,6 +326,39 @@ def test_folds_pass_through_the_decision_boundary_nearest_a_typical_instance() -
                 break
     assert on_data == len(found)
     assert losses.max() > losses.mean()
+
+
+@pytest.mark.parametrize("inputs", [2, 5])
+def test_folds_turn_to_where_the_outgoing_weights_have_the_largest_gradient(inputs: int) -> None:
+    """Against brute force over directions; the fold points and the lengths stay."""
+    torch.manual_seed(inputs)
+    model = randomised(nn.Sequential(nn.Linear(inputs, 6), nn.ReLU(), nn.Linear(6, 3)))
+    x, y = torch.randn(80, inputs), torch.randint(3, (80,))
+    batches = [(x[:40], y[:40]), (x[40:], y[40:])]
+    context = GrowthContext(model, trace(model, x), lambda m, b: F.cross_entropy(m(b[0]), b[1]), batches)
+    given = Folding(clusters=3, direction="instance").propose(context, step_size=1e-2).candidates
+    theta = weights_of(model, context.arch.group("0"), "incoming")
+    units = torch.stack([theta[c.neuron] + c.displacements[1] for c in given])
+    points = -units[:, -1:] * units[:, :-1] / units[:, :-1].square().sum(1, keepdim=True)
+    turned = steepest_turn(context, {"0": units}, {"0": points})["0"]
+    torch.testing.assert_close(turned[:, :-1].norm(dim=1), units[:, :-1].norm(dim=1))
+    torch.testing.assert_close((turned[:, :-1] * points).sum(1), -turned[:, -1])
+    error = torch.softmax(model(x), 1).detach() - F.one_hot(y, 3)
+
+    def size(normal: Tensor, point: Tensor) -> Tensor:
+        return ((x - point) @ F.normalize(normal, dim=-1).T).clamp_min(0).T.mm(error).norm(dim=1)
+
+    if inputs == 2:
+        angle = torch.linspace(0, 2 * math.pi, 721)
+        anywhere = torch.stack([angle.cos(), angle.sin()], 1)
+    else:
+        anywhere = torch.randn(2000, inputs)
+    for unit, old, point in zip(turned, units, points, strict=True):
+        (found,), (before,) = size(unit[None, :-1], point), size(old[None, :-1], point)
+        assert found >= 0.99 * size(anywhere, point).max()
+        assert found >= before
+    chosen = Folding(clusters=3).propose(context, step_size=1e-2).candidates
+    assert sum(c.gain for c in chosen) > sum(c.gain for c in given)
 
 
 def test_the_typical_instance_is_in_the_middle_of_the_worst_cluster() -> None:

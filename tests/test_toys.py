@@ -247,9 +247,9 @@ def test_claims_follow_the_results() -> None:
 
     def runs(**finals: torch.Tensor) -> dict[str, object]:
         names = ["S2D", "S3D m=2 c=3", "S3D m=3 c=3", "S3D m=4 c=3", "random split", "new initialisation",
-                 "gradient boosting", "from scratch", "best of 100 new", "best new, trial", "Mixed, no trial",
-                 "Mixed"]  # fmt: skip
-        values = {name: finals.get(name.split()[0], torch.full((4, 1), 1e-3)) for name in names}
+                 "gradient boosting", "from scratch", "best of 100 new", "best new, trial", "Mixed",
+                 "Mixed, trial"]  # fmt: skip
+        values = {name: finals.get(name.split()[0].strip(","), torch.full((4, 1), 1e-3)) for name in names}
         return {name: rbf.Run([], v, v, torch.zeros(4, dtype=torch.bool)) for name, v in values.items()}
 
     def verdicts(found: dict[str, object]) -> list[bool]:

@@ -111,7 +111,7 @@ def of_mixed(runs: dict[str, Run], power: Tensor) -> list[Claim]:
             "target",
             "Mixed beats stronger baselines of ours: the best of 100 new neurons, also with a trial",
             all(middle["Mixed"] <= middle[name] for name in strong),
-            f"medians {_ranking(middle, 'Mixed', 'Mixed, no trial', *strong)}; lower than the best of 100 on "
+            f"medians {_ranking(middle, 'Mixed', 'Mixed, trial', *strong)}; lower than the best of 100 on "
             f"{wins} of {len(power)} targets",
         ),
     ]

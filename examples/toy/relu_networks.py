@@ -47,6 +47,10 @@ class Networks:
             self.c,
         )
 
+    def at(self, index: int) -> Networks:
+        """One of them, as a batch of one."""
+        return Networks(*(t[index : index + 1] for t in vars(self).values()))
+
     def module(self, index: int) -> nn.Sequential:
         """One of them as a PyTorch module."""
         model = nn.Sequential(nn.Linear(2, self.a.shape[1]), nn.ReLU(), nn.Linear(self.a.shape[1], 2))
@@ -132,3 +136,9 @@ def best_directions(
     cosine = dot / (lengths[0] * lengths[1]).clamp_min(1e-12)
     strong = size >= size.amax(1, keepdim=True) / 2
     return w[size.argmax(1)], w[cosine.masked_fill(~strong, -2).argmax(1)]
+
+
+def gradient_sizes(network: Networks, x: Tensor, y: Tensor, fold: Tensor, directions: Tensor) -> Tensor:
+    """Norm (M,) of the outgoing weights' gradient of new units of one network that fold at a point (2,)."""
+    error = (torch.softmax(network.forward(x)[2], 1)[0] - F.one_hot(y, 2).T) / len(x)
+    return (error @ ((x - fold) @ directions.T).clamp_min(0)).norm(dim=0)
