@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.layers import Port, port_kind
-from lightning_split.lean import LeanDerivatives
+from lightning_split.lean import LeanDerivatives, transformed, without_autocast
 from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import undisturbed
-from lightning_split.segments import Layout, Segment, segments
+from lightning_split.measuring import gradients_only_for, undisturbed
+from lightning_split.segments import Layout, Part, Plan, Segment, parts
 from lightning_split.surrogates import SmoothDerivatives
 
 __all__ = ["LossFn", "SplittingOperator"]
@@ -82,11 +82,12 @@ class SplittingOperator:
         self._cache_bytes, self._kept_bytes = cache_bytes, 0
         self._seed = seed
         self._kept: dict[int, list[Segment]] = {}  # by number of the batch
-        self._layout: Layout | None = None
+        self._lean = True  # whether only the incoming weights of neurons need gradients
         if not self._batches:
             raise ValueError("The splitting matrices need at least one batch, and there is none.")
         if not self._groups:
             raise ValueError("The architecture has no channel group, so there is no splitting matrix.")
+        self._layout = Layout(self._groups.values(), self._parameters())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -123,8 +124,9 @@ class SplittingOperator:
         """
         self._check(vectors)
         total = {name: torch.zeros_like(v) for name, v in vectors.items()}
+        multiply = self._adding(dict(vectors), total)
         for number in range(self.num_batches):
-            self._apply(number, [dict(vectors)], [total])
+            self._apply(number, multiply)
         return {name: value.div_(self.num_batches) for name, value in total.items()}
 
     def products(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
@@ -132,7 +134,7 @@ class SplittingOperator:
         self._check(vectors)
         for number in range(self.num_batches):
             product = {name: torch.zeros_like(v) for name, v in vectors.items()}
-            self._apply(number, [dict(vectors)], [product])
+            self._apply(number, self._adding(dict(vectors), product))
             yield product
 
     def quadratic_forms(self, vectors: Mapping[str, Tensor]) -> Iterator[Vectors]:
@@ -149,12 +151,15 @@ class SplittingOperator:
         count = max((v.shape[1] for v in vectors.values()), default=0)
         many = [{name: v[:, k] for name, v in vectors.items()} for k in range(count)]
         for number in range(self.num_batches):
-            products = [{name: torch.zeros_like(v) for name, v in vectors.items()} for vectors in many]
-            self._apply(number, many, products, keep=False)  # every batch is looked at once
-            yield {
-                name: torch.stack([(v[:, k] * products[k][name]).sum(-1) for k in range(count)], dim=1)
-                for name, v in vectors.items()
-            }
+            forms = [{name: v.new_zeros(len(v)) for name, v in vectors.items()} for _ in many]
+
+            def multiply(segment: Segment, forms: list[Vectors] = forms) -> None:
+                for some, form in zip(many, forms, strict=True):
+                    products = segment.product(self._layout.spread(some, segment.theta))
+                    self._layout.forms(products, some, form)
+
+            self._apply(number, multiply, keep=False)  # every batch is looked at once
+            yield {name: torch.stack([form[name] for form in forms], dim=1) for name in vectors}
 
     def release(self) -> None:
         """Let go of all kept graphs; the next product prepares its batches anew."""
@@ -186,87 +191,107 @@ class SplittingOperator:
                     f"The vectors of group '{name}' have shape {tuple(v.shape)}, not {self.shapes[name]}."
                 )
 
-    def _apply(self, number: int, many: list[Vectors], answers: list[Vectors], *, keep: bool = True) -> None:
-        """Add the products of one batch with several sets of vectors, from one preparation."""
+    def _apply(self, number: int, multiply: Callable[[Segment], None], *, keep: bool = True) -> None:
+        """Run through the segments of one batch."""
         kept = self._kept.get(number)
         if kept is not None:
             for segment in kept:
-                self._multiply(segment, many, answers)
+                multiply(segment)
             return
         batch = self._batches[number]
-        cotangents = self._cotangents(batch, number)
+        plan = self._plan(batch, number)
+        keep = keep and self._kept_bytes + plan.size <= self._cache_bytes
         smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
         lean = LeanDerivatives()
-        reads: list[Tensor] = []
+        done: list[Segment] = []
+
+        def finish(part: Part) -> None:
+            segment = plan.segment(part)
+            with torch.enable_grad(), without_autocast(self.device.type):
+                segment.differentiate()
+                multiply(segment)
+            if keep:
+                done.append(segment)
 
         def cut(x: Tensor) -> Tensor:
-            reads.append(x)
-            return x.detach()
+            part = plan.read(x)
+            # Not in the middle of what is going to run again, or of a transformed function.
+            if part is not None and not (lean.recomputing() or transformed()):
+                finish(part)
+            return plan.beyond(x)
 
         with self._running(cut), smooth, lean:
             self._loss_fn(self._model, batch)
-            if len(reads) != len(cotangents):
-                raise ValueError(
-                    "Two passes over the same batch called the layers differently often "
-                    f"({len(cotangents)} and {len(reads)} times), so the forward pass depends on more "
-                    "than its input; pass a loss_fn that is deterministic for a seeded random state."
-                )
-            pairs = [(x, c) for x, c in zip(reads, cotangents, strict=True) if c is not None]
-            parts = segments([(x, c) for x, c in pairs if x.requires_grad], self._parameters())
-            reads.clear()
-            del pairs, cotangents
-            size = sum(segment.size for segment in parts)
-            keep = keep and self._kept_bytes + size <= self._cache_bytes and not lean.recomputed
-            done = []
-            while parts:
-                segment = parts.pop(0)
-                segment.differentiate()
-                self._multiply(segment, many, answers)
-                if keep:
-                    done.append(segment)
-        if keep:
+            for part in plan.close():
+                finish(part)
+        if keep and not lean.recomputed:
             self._kept[number] = done
-            self._kept_bytes += size
+            self._kept_bytes += plan.size
 
-    def _multiply(self, segment: Segment, many: list[Vectors], answers: list[Vectors]) -> None:
-        if self._layout is None:
-            self._layout = Layout(self._groups.values(), self._parameters())
-        for vectors, answer in zip(many, answers, strict=True):
-            directions = self._layout.spread(vectors, segment.theta)
-            self._layout.collect(segment.product(directions), answer)
+    def _adding(self, vectors: Vectors, answer: Vectors) -> Callable[[Segment], None]:
+        """Adds the product with each segment."""
+        layout = self._layout
 
-    def _cotangents(self, batch: Any, number: int) -> list[Tensor | None]:
-        """Gradient of the loss at every consumer's input, through that consumer alone."""
-        taps: list[Tensor] = []
+        def multiply(segment: Segment) -> None:
+            layout.collect(segment.product(layout.spread(vectors, segment.theta)), answer)
 
-        def tap(x: Tensor) -> Tensor:
-            taps.append(x.view_as(x))
-            return taps[-1]
+        return multiply
 
-        with self._running(tap):
-            loss = self._loss_fn(self._model, batch)
-            check_loss(loss, number)
-            seen, calls = (
-                list(taps),
-                list(self._consumer_calls),
-            )  # a checkpointed layer runs again in backward
-            wanted = [t for t in seen if t.requires_grad]
-            grads = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
-        if not any(g is not None for g in grads):
+    def _plan(self, batch: Any, number: int) -> Plan:
+        """Gradient of the loss at every consumer's input, through that consumer alone, and the parts."""
+        if self._lean:
+            try:
+                plan = self._plan_once(batch, number)
+            except RuntimeError:
+                plan = None  # the loss may take gradients of its own, in other parameters
+            if plan is not None:
+                return plan
+            self._lean = False
+        plan = self._plan_once(batch, number)
+        if plan is None:
             raise ValueError(
                 "The loss does not depend on any splittable neuron, so there is nothing to gain from "
                 "splitting; check that loss_fn uses the output of the model."
             )
-        found = iter(grads)
-        cotangents = [next(found) if t.requires_grad else None for t in seen]
-        _check_finite(calls, cotangents, number)
-        return [None if c is None else c.detach() for c in cotangents]
+        return plan
+
+    def _plan_once(self, batch: Any, number: int) -> Plan | None:
+        """``None`` if the loss does not depend on what needs gradients."""
+        taps: list[Tensor] = []
+        nodes: list[Any] = []
+
+        def tap(x: Tensor) -> Tensor:
+            taps.append(x.view_as(x))
+            nodes.append(taps[-1].grad_fn)
+            return taps[-1]
+
+        with self._running(tap):
+            loss = self._loss_fn(self._model, batch)
+            if self._lean and not getattr(loss, "requires_grad", True):
+                return None
+            check_loss(loss, number)
+            count = len(taps)  # a checkpointed layer runs again in backward
+            calls = list(self._consumer_calls)
+            wanted = [i for i in range(count) if taps[i].requires_grad]
+            if not wanted:
+                return None
+            grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, [taps[i] for i in wanted], allow_unused=True
+            )
+        found = {i: g.detach() for i, g in zip(wanted, grads, strict=True) if g is not None}
+        if not found:
+            return None
+        _check_finite({i: calls[i] for i in found}, found, number)
+        ends = {i: nodes[i].next_functions[0][0] for i in found}
+        return Plan(count, found, parts(ends, nodes, self._parameters()))
 
     def _running(self, replace: Callable[[Tensor], Tensor]) -> ExitStack:
         """Context in which every consumer's input is passed through ``replace``."""
         stack = ExitStack()
         self._consumer_calls: list[str] = []
         stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
+        if self._lean:
+            stack.enter_context(gradients_only_for(self._model, self._parameters().values()))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
         stack.enter_context(watched(self._model, _Cuts(self._cuts, self._consumer_calls, replace)))
         return stack
@@ -309,15 +334,13 @@ class _Cuts(Watcher):
         return self._replace(x)
 
 
-def _check_finite(calls: list[str], cotangents: list[Tensor | None], number: int) -> None:
+def _check_finite(calls: Mapping[int, str], cotangents: Mapping[int, Tensor], number: int) -> None:
     """Refuse gradients that are not finite, naming the layer; one look at the device for all of them."""
-    found = [
-        (name, torch.isfinite(c).all()) for name, c in zip(calls, cotangents, strict=True) if c is not None
-    ]
-    where = found[0][1].device
-    if bool(torch.stack([flag.to(where) for _, flag in found]).all()):
+    found = {i: torch.isfinite(c).all() for i, c in cotangents.items()}
+    where = next(iter(found.values())).device
+    if bool(torch.stack([flag.to(where) for flag in found.values()]).all()):
         return
-    name = next(name for name, flag in found if not bool(flag))
+    name = next(calls[i] for i, flag in found.items() if not bool(flag))
     raise ValueError(
         f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the network has "
         "diverged, so splitting was not tried."

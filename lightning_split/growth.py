@@ -273,4 +273,5 @@ def _mean_loss(
             if strict:
                 check_loss(loss, number)
             losses.append(loss.detach().double().cpu().reshape(()))
+        del loss  # or its graph would live on beside the next one
     return float(ranks.mean_of({"loss": torch.stack(losses).mean()})["loss"])

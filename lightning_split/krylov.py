@@ -9,21 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "KrylovSpace", "extreme_pairs", "nonzero", "norm", "random_vectors", "unit"]
+__all__ = [
+    "Columns",
+    "KrylovSpace",
+    "extreme_pairs",
+    "in_pieces",
+    "nonzero",
+    "norm",
+    "pieces",
+    "random_vectors",
+    "unit",
+]
 
 Device = torch.device | str
 Extremes = tuple[Tensor, Tensor, Tensor]  # values (N, 2), vectors (N, 2, D), residuals (N, 2)
+
+_PIECE = 2**18  # numbers that are worked on at a time: the rest of the memory is that of the basis
 
 
 class KrylovSpace:
     """Orthonormal bases of the Krylov spaces of one group, and the projections onto them.
 
     Everything is elementwise products and sums rather than matrix products, which under TF32 or
-    autocast would silently lose the orthogonality.
+    autocast would silently lose the orthogonality. A few neurons are worked on at a time, so that no memory
+    is needed beside the basis and the next vector.
 
     Args:
         name: Of the group; with the seed and the shape it decides the start vectors.
@@ -51,10 +65,10 @@ class KrylovSpace:
         self.num_steps = num_products if self.basis_size < shape[1] else shape[1]
         self.steps, self.restarted = 0, False
         start = random_vectors(shape, seed, name, 0, dtype=dtype, device=device)
-        self.basis = [unit(start)]
+        self.basis = [in_pieces(unit, start)]
         self.columns: list[Tensor] = []  # per multiplied basis vector: (N, basis_size), column of Q^T S Q
         self.dropped: list[Tensor] = []  # (N,), norm of the part of S q outside the basis
-        self.scale = self.basis[0].new_zeros(shape[0])  # lower bound of ||S||
+        self.scale = start.new_zeros(shape[0])  # lower bound of ||S||
 
     def last(self) -> Tensor:
         """The vectors to multiply next, zero if there is nothing left to do."""
@@ -68,26 +82,21 @@ class KrylovSpace:
             return
         self.steps += 1
         column = product.new_zeros(self.shape[0], self.basis_size)
-        self.scale = torch.maximum(self.scale, norm(product))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            product = self._orthogonalise(product, column)
-        beta = norm(product)
+        kept, dropped = (product.new_zeros(self.shape[0]) for _ in range(2))  # of the remainder's norm
+        more = self.steps < self.num_steps
+        following = torch.empty_like(self.basis[0]) if more else None
+        for rows in pieces(self.shape):
+            remainder = product[rows]
+            self.scale[rows] = torch.maximum(self.scale[rows], norm(remainder))
+            for _ in range(2):  # twice is enough (Kahan, Parlett)
+                remainder = self._orthogonalise(remainder, rows, column)
+            dropped[rows] = norm(remainder)
+            if following is not None:
+                following[rows], kept[rows] = self._next(remainder, dropped[rows], rows)
         self.columns.append(column)
-        if self.steps == self.num_steps:
-            self.dropped.append(beta)
+        self.dropped.append(dropped - kept)
+        if following is None:
             return
-        # 10 eps sqrt(D) ||S|| is the rounding error of one product and its projections: below it
-        # the remainder has no direction of its own.
-        eps = torch.finfo(product.dtype).eps
-        exhausted = beta <= 10.0 * eps * math.sqrt(self.shape[1]) * self.scale
-        following = product / nonzero(beta).unsqueeze(-1)
-        if bool(exhausted.any()):
-            fresh = self._random(self.steps)
-            for _ in range(3):  # may start almost inside the basis, so once more
-                fresh = unit(self._orthogonalise(fresh))
-            following = torch.where(exhausted.unsqueeze(-1), fresh, following)
-        kept = torch.where(exhausted, torch.zeros_like(beta), beta)
-        self.dropped.append(beta - kept)
         if len(self.columns) == self.basis_size:
             self._restart(following, kept)
         else:
@@ -95,24 +104,43 @@ class KrylovSpace:
             self.basis.append(following)
 
     def extremes(self) -> Extremes:
-        """Extreme Ritz pairs of the space, with residuals from the projection."""
+        """Extreme Ritz pairs of the space, with residuals from the projection; the space is used up."""
         values, y, residuals = self._ritz()
         like = self.basis[0]
-        return values.to(like), self._combined(y), residuals.to(like)
+        self._rotate(y)
+        vectors = torch.stack(self.basis, dim=1)
+        self.basis = []
+        return values.to(like), vectors, residuals.to(like)
 
-    def _random(self, stream: int) -> Tensor:
-        like = self.basis[0]
-        return random_vectors(self.shape, self.seed, self.name, stream, dtype=like.dtype, device=like.device)
+    def _next(self, remainder: Tensor, beta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The next vectors of some neurons, and how much of the product lay along them."""
+        # 10 eps sqrt(D) ||S|| is the rounding error of one product and its projections: below it
+        # the remainder has no direction of its own.
+        eps = torch.finfo(remainder.dtype).eps
+        exhausted = beta <= 10.0 * eps * math.sqrt(self.shape[1]) * self.scale[rows]
+        following = remainder / nonzero(beta).unsqueeze(-1)
+        if bool(exhausted.any()):
+            fresh = random_vectors(
+                self.shape,
+                self.seed,
+                self.name,
+                self.steps,
+                rows=rows,
+                dtype=remainder.dtype,
+                device=remainder.device,
+            )
+            for _ in range(3):  # may start almost inside the basis, so once more
+                fresh = unit(self._orthogonalise(fresh, rows))
+            following = torch.where(exhausted.unsqueeze(-1), fresh, following)
+        return following, torch.where(exhausted, torch.zeros_like(beta), beta)
 
-    def _orthogonalise(self, vectors: Tensor, column: Tensor | None = None) -> Tensor:
+    def _orthogonalise(self, vectors: Tensor, rows: slice, column: Tensor | None = None) -> Tensor:
         """The part of the vectors outside the basis; what was inside is added to ``column``."""
         for i, q in enumerate(self.basis):
-            inside = (q * vectors).sum(-1)
-            # The first time into memory of our own: the product may belong to somebody else.
-            out = vectors if i or column is None else None
-            vectors = torch.addcmul(vectors, q, inside.unsqueeze(-1), value=-1.0, out=out)
+            inside = (q[rows] * vectors).sum(-1)
+            vectors = torch.addcmul(vectors, q[rows], inside.unsqueeze(-1), value=-1.0)
             if column is not None:
-                column[:, i] += inside
+                column[rows, i] += inside
         return vectors
 
     def _ritz(self) -> Extremes:
@@ -128,13 +156,19 @@ class KrylovSpace:
         # What a restart has left out of the projection may lie along the basis of today.
         return values, y, inside + outside if self.restarted else torch.hypot(inside, outside)
 
-    def _combined(self, y: Tensor) -> Tensor:
-        """The vectors with these coefficients in the basis: ``(N, 2, D)``."""
-        like = self.basis[0]
-        vectors = like.new_zeros(self.shape[0], 2, self.shape[1])
-        for j, q in enumerate(self.basis[: y.shape[1]]):
-            vectors = torch.addcmul(vectors, y[:, j].to(like).unsqueeze(-1), q.unsqueeze(1))
-        return vectors
+    def _rotate(self, y: Tensor) -> None:
+        """Put the two vectors with these coefficients ``(N, steps, 2)`` in the place of the basis."""
+        basis = self.basis[: y.shape[1]]
+        if len(basis) == 1:
+            basis = [basis[0], basis[0].clone()]  # one product: both ends are the same
+        y = y.to(basis[0])
+        for rows in pieces(self.shape):
+            vectors = basis[0].new_zeros(len(y[rows]), 2, self.shape[1])
+            for j, q in enumerate(basis[: y.shape[1]]):
+                vectors.addcmul_(y[rows, j].unsqueeze(-1), q[rows].unsqueeze(1))
+            for end in (0, 1):
+                basis[end][rows] = vectors[:, end]
+        self.basis = basis[:2]
 
     def _restart(self, following: Tensor, kept: Tensor) -> None:
         """Replace the basis by the extreme Ritz vectors and the vector that comes next.
@@ -143,11 +177,11 @@ class KrylovSpace:
         ``kept``; what is left out of the projection stays on their account.
         """
         values, y, residuals = self._ritz()
-        vectors = self._combined(y)
+        self._rotate(y)
         like = following
         coupling = y[:, -1].to(like) * kept.unsqueeze(-1)  # (N, 2)
         self.restarted = True
-        self.basis = [*vectors.unbind(1), following]
+        self.basis.append(following)
         self.columns = []
         for end in (0, 1):
             column = like.new_zeros(self.shape[0], self.basis_size)
@@ -210,6 +244,19 @@ def nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def pieces(shape: tuple[int, int]) -> Iterator[slice]:
+    """Rows of an ``(N, D)`` tensor in pieces of bounded size, in order; they depend on the shape alone."""
+    step = max(1, _PIECE // max(1, shape[1]))
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def in_pieces(function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """Replace the vectors, row by row, by a function of theirs; in place."""
+    for rows in pieces((vectors.shape[0], vectors[0].numel())):
+        vectors[rows] = function(vectors[rows])
+    return vectors
+
+
 def random_vectors(
     shape: tuple[int, int],
     seed: int,
@@ -219,13 +266,33 @@ def random_vectors(
     dtype: torch.dtype,
     device: Device,
     uniform: bool = False,
+    rows: slice | None = None,
 ) -> Tensor:
-    """Normal numbers, or uniform ones on (-1, 1), fixed by seed, name, stream and shape alone."""
-    digest = hashlib.blake2b(f"{seed}/{stream}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-    numbers = torch.empty(shape, dtype=torch.float64)
-    if uniform:
-        numbers.uniform_(-1.0, 1.0, generator=generator)
-    else:
-        numbers.normal_(generator=generator)
-    return numbers.to(device=device, dtype=dtype)
+    """Normal numbers, or uniform ones on (-1, 1), fixed by seed, name, stream and shape alone.
+
+    Args:
+        shape: ``(N, D)``.
+        seed: Of the random numbers.
+        name: Of the group.
+        stream: Other numbers for another purpose.
+        dtype: Of the result.
+        device: Of the result.
+        uniform: Whether to draw uniform numbers.
+        rows: One of the :func:`pieces`; default all.
+    """
+    result = torch.empty(shape, dtype=dtype, device=device)
+    for piece in pieces(shape):
+        if rows is not None and piece != rows:
+            continue
+        key = f"{seed}/{stream}/{name}" + (f"/{piece.start}" if piece.start else "")
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+        numbers = torch.empty((piece.stop - piece.start, shape[1]), dtype=torch.float64)
+        if uniform:
+            numbers.uniform_(-1.0, 1.0, generator=generator)
+        else:
+            numbers.normal_(generator=generator)
+        if rows is not None:
+            return numbers.to(device=device, dtype=dtype)
+        result[piece] = numbers.to(device=device, dtype=dtype)
+    return result

@@ -7,7 +7,8 @@ input, and that of BatchNorm in eval mode, an affine map, takes two dozen passes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LeanDerivatives"]
+__all__ = ["LeanDerivatives", "transformed", "without_autocast"]
 
 
 class _Convolution(torch.autograd.Function):
@@ -73,7 +74,7 @@ def _convolution(
         return None
     if input.ndim != dims + 2 or input.dtype != weight.dtype or not input.is_floating_point():
         return None
-    if torch.is_autocast_enabled(input.device.type) or torch._C._functorch.maybe_current_level() is not None:
+    if torch.is_autocast_enabled(input.device.type) or transformed():
         return None  # the forward pass would cast, or be transformed by vmap, out of our sight
     options = (*(_tuple(value, dims) for value in (stride, padding, dilation)), groups)
     found: Tensor = _Convolution.apply(weight, input, function, options)
@@ -114,7 +115,22 @@ for _dims, _functions in _CONVOLUTIONS.items():
         _LEAN[_function] = partial(_convolution, _dims, _function)
 
 
+def transformed() -> bool:
+    """Whether a function is running that vmap or grad transforms."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+@contextmanager
+def without_autocast(device: str) -> Iterator[None]:
+    """Inside, nothing is cast on this type of device, whatever the user's code has switched on."""
+    with ExitStack() as stack:
+        for kind in {device, "cpu"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class LeanDerivatives(TorchFunctionMode):
@@ -132,11 +148,16 @@ class LeanDerivatives(TorchFunctionMode):
         super().__init__()
         self.recomputed = False
 
+    def recomputing(self) -> bool:
+        """Whether some part so far is made anew in the backward pass."""
+        self.recomputed = self.recomputed or _hooks(False) is not None
+        return self.recomputed
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        self.recomputed = self.recomputed or _hooks(False) is not None
+        self.recomputing()
         lean = _LEAN.get(func)
         found = None if lean is None else lean(*args, **kwargs)
         return func(*args, **kwargs) if found is None else found

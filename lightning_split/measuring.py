@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from types import FunctionType, ModuleType
@@ -18,7 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_split.layers import keeps_batch_statistics
 
-__all__ = ["fixed_statistics", "is_written", "isolated_rng", "keep_in_mind", "tensors_in", "undisturbed"]
+__all__ = [
+    "fixed_statistics",
+    "gradients_only_for",
+    "is_written",
+    "isolated_rng",
+    "keep_in_mind",
+    "tensors_in",
+    "undisturbed",
+]
 
 
 @contextmanager
@@ -101,6 +109,20 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
                     p.copy_(copied)
             for p, grad in grads:
                 p.grad = grad
+
+
+@contextmanager
+def gradients_only_for(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, the model's other parameters are constants: what does not depend on these has no graph."""
+    kept = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
 
 
 # Parameters that a forward pass writes to: a moving average of a network that the model itself keeps, say.

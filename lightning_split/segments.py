@@ -8,15 +8,17 @@ alone, and only one piece's graph of first derivatives need exist at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import ChannelGroup, ThetaBlock
+from lightning_split.krylov import pieces
 
-__all__ = ["Layout", "Segment", "no_second_derivative", "segments"]
+__all__ = ["Layout", "Part", "Segment", "no_second_derivative", "parts"]
 
 Key = tuple[str, str]  # path of a layer, name of its parameter
 Vectors = dict[str, Tensor]  # group name -> (N, D)
@@ -30,27 +32,25 @@ class Segment:
         theta: The incoming weights.
     """
 
-    def __init__(self, reads: list[tuple[Tensor, Tensor]], theta: dict[Key, nn.Parameter]) -> None:
+    def __init__(self, reads: list[tuple[Tensor, Tensor]], theta: Mapping[Key, nn.Parameter]) -> None:
         self._reads = reads
         self.theta = theta
-        self._first: dict[Key, Tensor] | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes that its graph will take, roughly: activations, cotangents and first derivatives."""
-        # Beside each cut activation there are some five of like size: the input, what the layers save in the
-        # forward and in the double backward pass, and the cotangent.
-        return 6 * sum(x.element_size() * x.nelement() for x, _ in self._reads)
+        self._first: dict[Key, Tensor] = {}
+        self._along: dict[Key, Tensor] = {}
 
     def differentiate(self) -> None:
         """Form the gradient of φ in θ with its graph; before any product."""
+        if not self._reads:
+            return
         theta = list(self.theta.values())
         first = _gradients(
             [x for x, _ in self._reads], theta, [c.to(x.dtype) for x, c in self._reads], create_graph=True
         )
         # A gradient without history is constant in θ: those weights have no second derivative.
         self._first = {
-            k: g for k, g in zip(self.theta, first, strict=True) if g is not None and g.requires_grad
+            k: _Graph.apply(g, self._along, k)
+            for k, g in zip(self.theta, first, strict=True)
+            if g is not None and g.requires_grad
         }
         self._reads = []
 
@@ -60,30 +60,66 @@ class Segment:
         Raises:
             ValueError: If an operator has no second derivative.
         """
-        assert self._first is not None
         keys = [k for k in self._first if k in directions]
         asked = [k for k in self.theta if k in directions]
         if not keys:
             return {}
+        self._along.update((k, directions[k]) for k in keys)
         try:
             found = _gradients(
                 [self._first[k] for k in keys],
                 [self.theta[k] for k in asked],
-                [directions[k] for k in keys],
+                [torch.ones_like(self._first[k]) for k in keys],
                 create_graph=False,
             )
         except RuntimeError as error:
             raise no_second_derivative(error) from error
+        finally:
+            self._along.clear()
         return {k: p for k, p in zip(asked, found, strict=True) if p is not None}
 
 
-def segments(reads: Sequence[tuple[Tensor, Tensor]], theta: Mapping[Key, nn.Parameter]) -> list[Segment]:
-    """Sort reads into pieces that share no weights, in the order in which they are first read.
+class _Graph(torch.autograd.Function):
+    """Stands for a gradient in the second backward pass: has its graph, and not its value.
 
-    Costs one look at every node of the graph.
+    That would take as much memory as the weights, for every batch whose graph is kept.
     """
-    owner = {id(p): key for key, p in theta.items()}
-    parent = list(range(len(reads)))  # union-find over the reads
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, along: dict[Key, Tensor], key: Key) -> Tensor:
+        ctx.along, ctx.key = along, key
+        return gradient.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.along[ctx.key], None, None
+
+
+@dataclass(eq=False)
+class Part:
+    """What a segment will be made of.
+
+    Args:
+        reads: Numbers of the reads at its end, ascending.
+        theta: The incoming weights that they depend on.
+    """
+
+    reads: list[int]
+    theta: dict[Key, nn.Parameter]
+
+
+def parts(ends: Mapping[int, Any], cuts: Iterable[Any], theta: Mapping[Key, nn.Parameter]) -> list[Part]:
+    """Sort reads into parts that share no weights, in the order in which they are first read.
+
+    Costs two looks at every node of the graph.
+
+    Args:
+        ends: By the number of the read, the node of the graph that made it.
+        cuts: Nodes beyond which another part lies.
+        theta: The incoming weights.
+    """
+    owner, leading = _leading(ends.values(), cuts, theta)
+    parent = {number: number for number in ends}  # union-find over the reads
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -91,29 +127,130 @@ def segments(reads: Sequence[tuple[Tensor, Tensor]], theta: Mapping[Key, nn.Para
             i = parent[i]
         return i
 
-    seen: dict[Any, int] = {}  # node of the graph -> the read that met it first; keeps the nodes alive
+    seen: dict[Any, int] = {}  # node of the graph -> the read that met it first
     first: dict[Key, int] = {}  # weight -> the read that met it first
-    for number, (x, _) in enumerate(reads):
-        pending = [x.grad_fn]
+    for number, end in ends.items():
+        pending = [end]
         while pending:
             node = pending.pop()
-            if node is None:
+            if node not in leading:
                 continue
             if node in seen:
                 low, high = sorted((root(seen[node]), root(number)))
                 parent[high] = low
                 continue
             seen[node] = number
-            key = owner.get(id(getattr(node, "variable", None)))
-            if key is not None:
-                first[key] = number
+            if node in owner:
+                first[owner[node]] = number
             pending += [following for following, _ in node.next_functions]
-    pieces: dict[int, tuple[list[tuple[Tensor, Tensor]], dict[Key, nn.Parameter]]] = {}
-    for number, pair in enumerate(reads):
-        pieces.setdefault(root(number), ([], {}))[0].append(pair)
+    found: dict[int, Part] = {}
+    for number in ends:
+        found.setdefault(root(number), Part([], {})).reads.append(number)
     for key, number in first.items():
-        pieces[root(number)][1][key] = theta[key]
-    return [Segment(pairs, weights) for pairs, weights in pieces.values() if weights]
+        found[root(number)].theta[key] = theta[key]
+    return [part for part in found.values() if part.theta]
+
+
+def _leading(
+    ends: Iterable[Any], cuts: Iterable[Any], theta: Mapping[Key, nn.Parameter]
+) -> tuple[dict[Any, Key], set[Any]]:
+    """The nodes of the weights, and all nodes that lead from an end to one of them without a cut."""
+    keys = {id(p): key for key, p in theta.items()}
+    owner: dict[Any, Key] = {}
+    before: dict[Any, list[Any]] = {node: [] for node in cuts}  # where one comes from; keeps the nodes alive
+    before[None] = []
+    pending = []
+    for end in ends:
+        if end not in before:
+            before[end] = []
+            pending.append(end)
+    while pending:
+        node = pending.pop()
+        key = keys.get(id(getattr(node, "variable", None)))
+        if key is not None:
+            owner[node] = key
+        for following, _ in node.next_functions:
+            if following not in before:
+                before[following] = []
+                pending.append(following)
+            before[following].append(node)
+    leading = set(owner)
+    pending = list(owner)
+    while pending:
+        fresh = [node for node in before[pending.pop()] if node not in leading]
+        leading.update(fresh)
+        pending += fresh
+    return owner, leading
+
+
+class Plan:
+    """The parts of one batch, filled as the forward pass goes along.
+
+    A part is handed out as soon as all its ends have been read, so that its graph need not wait for the rest.
+
+    Args:
+        count: Number of reads.
+        cotangents: Gradients of the loss where it depends on what is read, by the number of the read.
+        parts: What belongs together.
+    """
+
+    def __init__(self, count: int, cotangents: dict[int, Tensor], parts: list[Part]) -> None:
+        self._count, self._parts, self._next = count, parts, 0
+        self._last = max(cotangents)
+        self._where = {number: part for part in parts for number in part.reads}
+        self._cotangents = {i: c for i, c in cotangents.items() if i in self._where}
+        self._reads: dict[int, Tensor] = {}
+        self._open = True
+        # Beside each cut activation there are some five of like size: the input, what the layers save in the
+        # forward and in the double backward pass, and the cotangent.
+        self.size = 6 * sum(c.element_size() * c.nelement() for c in self._cotangents.values())
+
+    def read(self, x: Tensor) -> Part | None:
+        """Note what is read next; a part whose last end that was is returned."""
+        number, self._next = self._next, self._next + 1
+        if not self._open:
+            return None  # gradient checkpointing has run a layer once more
+        part = self._where.get(number)
+        if part is None:
+            return None
+        if x.shape != self._cotangents[number].shape:
+            raise ValueError(
+                _DIFFERENT.format(
+                    f"and read {tuple(x.shape)} where it was {tuple(self._cotangents[number].shape)}"
+                )
+            )
+        self._reads[number] = x
+        return part if number == part.reads[-1] else None
+
+    def beyond(self, x: Tensor) -> Tensor:
+        """What the consumer goes on with: what was read, without its history.
+
+        The last one on which the loss depends begins a new history, because a loss without one is an error to
+        the user's code.
+        """
+        if self._next - 1 != self._last or not self._open:
+            return x.detach()
+        return x.detach().requires_grad_().clone()  # no leaf, so that it may be written to
+
+    def segment(self, part: Part) -> Segment:
+        """The segment of a part that has been read; it is not there any more afterwards."""
+        self._parts.remove(part)
+        pairs = [(self._reads.pop(i), self._cotangents.pop(i)) for i in part.reads]
+        return Segment([(x, c) for x, c in pairs if x.requires_grad], part.theta)
+
+    def close(self) -> Iterator[Part]:
+        """The forward pass is over: the parts that are left."""
+        self._open = False
+        if self._next != self._count:
+            raise ValueError(_DIFFERENT.format(f"{self._count} and {self._next} times"))
+        while self._parts:
+            yield self._parts[0]
+
+
+_DIFFERENT = (
+    "Two passes over the same batch called the layers differently ({}), so the forward pass depends on more "
+    "than its input; pass a loss_fn that is deterministic for a seeded random state."
+)
 
 
 class Layout:
@@ -159,6 +296,19 @@ class Layout:
                     source = product.movedim(block.axis, 0)
                     source = source if rows is None else source[rows]
                     into[name][:, columns] += source.reshape(len(block.rows), -1).to(into[name].dtype)
+
+    def forms(self, products: Mapping[Key, Tensor], vectors: Vectors, into: Vectors) -> None:
+        """Add what products have along the vectors, neuron by neuron, to ``(N,)`` of each group."""
+        for key, product in products.items():
+            for name, columns, block, rows in self._blocks[key]:
+                if name not in into:
+                    continue
+                source = product.movedim(block.axis, 0)
+                source = source if rows is None else source[rows]
+                source = source.reshape(len(block.rows), -1)
+                v = vectors[name][:, columns]
+                for some in pieces((source.shape[0], source.shape[1])):
+                    into[name][some] += (source[some].to(v.dtype) * v[some]).sum(-1)
 
 
 def _gradients(
