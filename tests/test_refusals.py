@@ -37,7 +37,6 @@ def _everything(module: pl.LightningModule, callback: SplittingCallback) -> Any:
         [sorted(part) for part in parts[1:]],  # the Trainer itself puts attributes on the root
         list(map(id, tensors)),
         [t.detach().clone() for t in tensors],
-        sorted(vars(callback)),
         callback.state_dict(),
     ]
 
