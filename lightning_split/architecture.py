@@ -77,6 +77,8 @@ class Architecture:
     ports: Mapping[PortKey, PortMap] = field(default_factory=dict, repr=False)
     uses: Mapping[str, float] = field(default_factory=dict, repr=False)
     # uses: how often each weight of a layer is used for one sample (spatial positions, repeated calls)
+    multiplied: Mapping[tuple[str, str], float] = field(default_factory=dict, repr=False)
+    # multiplied: the same for each entry of a raw matrix, by the path of its module and its name
 
     note: str = ""  # what tracing could not look at, as a sentence
 

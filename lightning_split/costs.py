@@ -79,7 +79,11 @@ class Params(Cost):
 
 @dataclass(frozen=True)
 class Macs(Cost):
-    """Multiply-accumulates for one sample, at the true spatial sizes, in the layers that have a rule."""
+    """Multiply-accumulates for one sample, at the true spatial sizes.
+
+    Those of the layers that have a rule and of raw matrices; what activations are multiplied with each other
+    (the scores of attention) is not counted.
+    """
 
     unit = "macs"
 

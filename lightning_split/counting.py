@@ -26,14 +26,14 @@ class NetworkCost(NamedTuple):
     """Size of a whole network."""
 
     params: int  # trainable and frozen parameters
-    macs: float  # multiply-accumulates per sample in the traced layers
+    macs: float  # multiply-accumulates per sample in the traced layers and with raw matrices
 
 
 def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None = None) -> NetworkCost:
     """Parameters and MACs of a network, now or as it will be after a prepared surgery.
 
-    MACs are those of the layers that have a rule, at the spatial sizes of the traced batch, per sample;
-    what other operators multiply is not counted.
+    MACs are those of the layers that have a rule and of raw matrices, at the spatial sizes of the traced
+    batch, per sample; what activations are multiplied with each other is not counted.
     """
     after: Mapping[Tensor, Tensor] = {}
     if surgery is not None:
@@ -44,6 +44,9 @@ def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None =
         for tensor, axes in layer_tensors(model.get_submodule(path)).values():
             if axes and tensor.ndim > 1:
                 macs += after.get(tensor, tensor).numel() * uses
+    for (path, name), uses in arch.multiplied.items():
+        matrix = model.get_submodule(path).get_parameter(name)
+        macs += after.get(matrix, matrix).numel() * uses
     return NetworkCost(params, macs)
 
 
@@ -61,11 +64,13 @@ def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
     known: dict[str, set[Port]] = defaultdict(set)
     for owner, port in arch.ports:
         known[owner].add(port)
-    for path in dict.fromkeys([*(path for path, _ in arch.ports), *arch.uses]):
+    for path in dict.fromkeys(
+        path for path, _ in [*arch.ports, *arch.multiplied, *((p, "") for p in arch.uses)]
+    ):
         layer = model.get_submodule(path)
         ruled = layer_tensors(layer)
         for name, (tensor, axes) in growing_tensors(layer, known[path]).items():
-            if not axes:
+            if not axes and (path, name) not in arch.multiplied:
                 continue
             sizes = []
             for axis, length in enumerate(tensor.shape):
@@ -74,8 +79,10 @@ def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
                     for g, count in groups.on(arch.ports.get((path, block.port))).items():
                         growth[g] = growth.get(g, 0.0) + count * block.multiple
                 sizes.append(Axis(float(length), tuple(growth.items())))
-            multiplied = name in ruled and tensor.ndim > 1
-            uses = arch.uses.get(path, 0.0) if multiplied else 0.0
+            if name in ruled:
+                uses = arch.uses.get(path, 0.0) if tensor.ndim > 1 else 0.0
+            else:
+                uses = arch.multiplied.get((path, name), 0.0)
             yield WeightSize(tensor, Product(1.0, tuple(sizes)), uses)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -31,6 +32,7 @@ class Reading(NamedTuple):
     read: int  # the matrix's axis along which it reads neurons
     make: int | None  # and makes some; None for a vector
     out: int  # axis of the result along which neurons are made
+    fan: int  # number of the matrix's entries that go into one element of the result
     call: Callable[[Tensor], Tensor]  # with what was read
     bias: Tensor | None = None  # added to the result
 
@@ -100,7 +102,9 @@ def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = N
     if found is None or weight.ndim != 2 or mode.whose(input) is not None:
         return None
     owner, turned = found
-    return Reading(owner, input, -1, 1 - turned, int(turned), -1, lambda x: func(x, weight), bias)
+    read = 1 - turned
+    fan = weight.shape[-1]
+    return Reading(owner, input, -1, read, 1 - read, -1, fan, lambda x: func(x, weight), bias)
 
 
 def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -108,11 +112,33 @@ def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
         return None
     x, weight = args
     found = mode.whose(weight)
-    if found is None or weight.ndim > 2 or mode.whose(x) is not None or not x.ndim:
+    if found is None or mode.whose(x) is not None or not x.ndim:
         return None
+    return _product(found, x, weight, lambda x: func(x, weight))
+
+
+def _added(
+    mode: RawMatrices, func: Any, input: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1
+) -> Reading | None:
+    found = mode.whose(weight)
+    if found is None or mode.whose(x) is not None or (beta, alpha) != (1, 1):
+        return None
+    return _product(found, x, weight, lambda x: torch.matmul(x, weight), input)
+
+
+def _product(
+    found: tuple[Owner, bool],
+    x: Tensor,
+    weight: Tensor,
+    call: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Reading:
+    """A vector, a matrix, or one matrix for each entry of the batch (the experts of a mixture)."""
     owner, turned = found
-    make = None if weight.ndim == 1 else 1 - turned
-    return Reading(owner, x, -1, int(turned), make, -1, lambda x: func(x, weight))
+    read = max(0, weight.ndim - 2) if not turned else 1
+    make = None if weight.ndim == 1 else (weight.ndim - 1 if not turned else 0)
+    fan = weight.shape[-2] if weight.ndim > 1 else len(weight)
+    return Reading(owner, x, -1, read, make, -1, fan, call, bias)
 
 
 def _conv(
@@ -133,7 +159,8 @@ def _conv(
     if bias is not None:
         bias = bias.view(-1, *[1] * (weight.ndim - 2))
     rest = stride, padding, dilation, groups
-    return Reading(found[0], input, axis, 1, 0, axis, lambda x: func(x, weight, None, *rest), bias)
+    fan = weight.numel() // len(weight)
+    return Reading(found[0], input, axis, 1, 0, axis, fan, lambda x: func(x, weight, None, *rest), bias)
 
 
 def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -159,7 +186,8 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
 
         make = of_weight.index(new[-1]) if new else None
         at = out.index(new[-1]) if new else 0
-        return Reading(found[0], x, of_x.index(gone[0]), of_weight.index(gone[0]), make, at, call)
+        read = of_weight.index(gone[0])
+        return Reading(found[0], x, of_x.index(gone[0]), read, make, at, weight.shape[read], call)
     return None
 
 
@@ -167,7 +195,8 @@ _TURNS = {"t", "transpose", "swapaxes", "adjoint"}
 _TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _READERS: dict[str, Callable[..., Reading | None]] = {
     "linear": _linear,
-    **dict.fromkeys(["matmul", "__matmul__", "mm", "mv"], _matmul),
+    **dict.fromkeys(["matmul", "__matmul__", "mm", "mv", "bmm"], _matmul),
+    **dict.fromkeys(["addmm", "baddbmm"], _added),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _conv),
     "einsum": _einsum,
 }

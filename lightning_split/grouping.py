@@ -23,7 +23,7 @@ from lightning_split.architecture import (
 )
 from lightning_split.labels import NeuronTable
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
-from lightning_split.loose import growing_tensors, loose_axes, loose_port
+from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose_size
 
 __all__ = ["Findings"]
 
@@ -42,10 +42,12 @@ class Findings:
     ports: dict[PortKey, Tensor] = field(default_factory=dict)  # ids at each position of each port
     loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
     adopted: set[int] = field(default_factory=set)  # ids of those that met neurons element by element
+    added: set[tuple[str, str]] = field(default_factory=set)  # loose tensors added to neurons
     blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
     passed: set[str] = field(default_factory=set)  # channelwise layers that were called without neurons
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    multiplied: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     leaked: dict[tuple[str, str], str] = field(default_factory=dict)  # tensors used elsewhere, and by what
     declined: dict[str, tuple[str, int]] = field(default_factory=dict)  # refused layers: reason and width
 
@@ -56,6 +58,7 @@ class Findings:
         raw = self._matrices()
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
+        raw |= self._biases(neuron)
         made = np.zeros(self.table.size + 1, dtype=bool)  # the last stands for "no neuron"
         for key, labels in self.ports.items():
             if port_kind(key[1]) == "out":
@@ -109,6 +112,35 @@ class Findings:
                         self.table.bar(own.tolist(), why)
         return found
 
+    def _biases(self, neuron: Index) -> set[PortKey]:
+        """Let what is added to the products of a raw matrix beside it be incoming weights, as in a layer.
+
+        Args:
+            neuron: The neuron of each id.
+
+        Returns:
+            The axes that make neurons now.
+        """
+        matrices: dict[str, list[Index]] = defaultdict(list)
+        for (path, port), labels in self.ports.items():
+            if port_kind(port) == "out" and loose_size(self.raw[path], port) is not None:
+                matrices[path].append(neuron[labels.numpy()])
+        found = set()
+        for path, name in sorted(self.added):
+            bias = self.raw[path].get(name)
+            axes = [] if bias is None else loose_axes(bias)
+            if not isinstance(bias, nn.Parameter) or not bias.requires_grad or len(axes) > 1:
+                continue
+            key = path, loose_port(name, axes[0])
+            made = path, loose_port(name, axes[0], "out")
+            if key not in self.loose or made in self.ports:
+                continue
+            own = neuron[self.loose[key].numpy()]
+            if any(np.isin(own, ids).any() for ids in matrices[path]):
+                self.ports[made] = self.loose[key]
+                found.add(key)
+        return found
+
     def _named(
         self, kinds: Mapping[tuple[Any, str | None], list[int]], ports: Mapping[PortKey, PortMap]
     ) -> Architecture:
@@ -127,7 +159,14 @@ class Findings:
             else:
                 unsplittable.append(Unsplittable(group.name, why, group.width))
         unsplittable += [Unsplittable(path, why, width) for path, (why, width) in self.declined.items()]
-        return Architecture(tuple(groups), tuple(unsplittable), ports, dict(self.uses), self._not_called())
+        return Architecture(
+            tuple(groups),
+            tuple(unsplittable),
+            ports,
+            dict(self.uses),
+            dict(self.multiplied),
+            self._not_called(),
+        )
 
     def _not_called(self) -> str:
         """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
@@ -168,8 +207,7 @@ class Findings:
                     layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
                     if isinstance(tensor, nn.Parameter):
                         params += size
-                        multiplied = tensor.ndim > 1 and name not in self.raw[path]
-                        macs += size * self.uses.get(path, 0.0) * multiplied
+                        macs += size * self._uses_of(path, name, tensor)
         return ChannelGroup(
             name=by_kind["out"][0] or "(root)",
             width=len(members),
@@ -184,6 +222,11 @@ class Findings:
             through=tuple(layouts["through"]),
             outgoing=tuple(layouts["in"]),
         )
+
+    def _uses_of(self, path: str, name: str, tensor: Tensor) -> float:
+        if name in self.raw[path]:
+            return self.multiplied.get((path, name), 0.0)
+        return self.uses.get(path, 0.0) if tensor.ndim > 1 else 0.0
 
     def _why_not(self, group: ChannelGroup) -> str | None:
         if not group.consumers:

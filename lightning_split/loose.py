@@ -73,7 +73,8 @@ def growing_tensors(
         ports: The ports of the module that are known; they tell what raw matrices read and make.
     """
     found = layer_tensors(module)
-    for name, tensor in loose_tensors(module).items():
+    loose = loose_tensors(module)
+    for name, tensor in sorted(loose.items(), key=lambda item: len(loose_axes(item[1])) < 2):  # biases last
         axes: dict[int, tuple[Block, ...]] = {}
         for axis in loose_axes(tensor):
             kinds = [loose_port(name, axis, kind) for kind in ("in", "out")]
@@ -100,6 +101,7 @@ class Guesses:
         self._owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> owners
         self._fixed: set[Owner] = set()
         self.adopted: set[int] = set()  # ids that have met neurons element by element
+        self.added: set[Owner] = set()  # tensors that were added to neurons
 
     def among(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those without neurons that have a guess."""
@@ -135,6 +137,8 @@ class Guesses:
             if labels is not None:
                 dims |= self._dims(labels)
         for t in loose:
+            if name in {"add", "add_"}:
+                self.added |= self._owners_of(t)
             if is_pointwise(func) or name in _JOINS:
                 self.adopt(t, frozenset(dims), f"{name} uses it along other neurons")
             else:

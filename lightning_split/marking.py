@@ -32,6 +32,10 @@ class Watcher:
         """The layer at ``path`` has made the neurons of a port; it goes on with the result."""
         return x
 
+    def multiplied(self, path: str, name: str, count: int) -> None:
+        """A raw matrix was multiplied with activations, in so many multiply-accumulates."""
+        return None
+
     def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
         """The whole call of one layer; ``call()`` runs it, marks and all."""
         return call()
@@ -72,6 +76,7 @@ def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor |
     owner = reading.owner
     x = watcher.read(*port_of("in", owner, reading.read), reading.x, reading.axis)
     output: Tensor = watcher.sealed(lambda: reading.call(x))
+    watcher.multiplied(*owner, output.numel() * reading.fan)
     if reading.make is None:
         return output
     return watcher.made(*port_of("out", owner, reading.make), output, reading.out)

@@ -225,6 +225,7 @@ class _Tracer(Watcher):
                 mode.leak([tensor], "is part of the model's output")
         self.found.leaked.update(mode.leaked)
         self.found.adopted |= mode.guesses.adopted
+        self.found.added |= mode.guesses.added
         self.seen[train] = self._reading
 
     def _where(self) -> str:
@@ -288,6 +289,11 @@ class _Tracer(Watcher):
         output = self.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
         self._decline(path, layer, rule, why, output)
         return output
+
+    def multiplied(self, path: str, name: str, count: int) -> None:
+        if self.count_uses:
+            size = self.found.raw[path][name].numel()
+            self.found.multiplied[path, name] += count / size / self._batch_size
 
     def _decline(self, path: str, layer: nn.Module, rule: LayerRule, why: str, output: Any) -> None:
         for tensor in tensors_in(output):

@@ -309,13 +309,18 @@ def _pass(model: nn.Module, run: Run, example: Any, train: bool, graph: bool, va
 
 
 def _macs(model: nn.Module, arch: Architecture) -> float:
-    """Multiply-accumulates of the layers with a rule, for one sample."""
-    return sum(
+    """Multiply-accumulates of the layers with a rule and of raw matrices, for one sample."""
+    found = [
         uses * tensor.numel()
         for path, uses in arch.uses.items()
         for tensor, _ in layer_tensors(model.get_submodule(path)).values()
         if tensor.ndim > 1
-    )
+    ]
+    raw = [
+        uses * model.get_submodule(path).get_parameter(name).numel()
+        for (path, name), uses in arch.multiplied.items()
+    ]
+    return sum(found) + sum(raw)
 
 
 def batch_size(example: Any) -> int:

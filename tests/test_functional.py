@@ -39,6 +39,8 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "matmul, transposed": (lambda m, h: torch.matmul(h, m.w.T) * m.b, (6, 5)),
     "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
     "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
+    "experts": (lambda m, h: torch.bmm(h.expand(2, -1, -1), m.w).sum(0), (2, 5, 6)),
+    "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
     "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
 }
 
@@ -50,7 +52,8 @@ def test_raw_matrices_grow_on_both_sides(name: str) -> None:
     arch = assert_grows(
         two_layers(call, w=matrix(*shape), b=matrix(6)), batch(), groups=["a", "(root)"], rounds=1
     )
-    assert arch.group("(root)").dim == 5 * (2 if len(shape) == 3 and shape[0] == 2 else 1)
+    added = name not in ("matmul, transposed", "einsum", "einsum of several", "experts")
+    assert arch.group("(root)").dim == 5 * (2 if shape[0] == 2 else 1) + added
     assert "" in arch.group("a").consumers
 
 
@@ -101,14 +104,32 @@ def test_low_rank_updates_of_a_subclass_grow() -> None:
     assert arch.group("b#2").width in (2, 6)
 
 
-def test_predictions_for_raw_matrices_hold() -> None:
-    """The rows are the incoming weights: second order, and the remainder falls as the fourth power."""
-    model = two_layers(lambda m, h: h @ m.w + m.b, w=matrix(5, 6), b=matrix(6))
+BIASED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], dict[str, tuple[int, ...]]]] = {
+    "matmul": (lambda m, h: h @ m.w + m.b, {"b": (6,), "w": (5, 6)}),
+    "linear": (lambda m, h: F.linear(h, m.w, m.b), {"w": (6, 5), "b": (6,)}),
+    "addmm": (lambda m, h: torch.addmm(m.b, h, m.w), {"w": (5, 6), "b": (6,)}),
+    "conv": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), {"w": (6, 5, 1), "b": (6,)}),
+    "view": (lambda m, h: (h @ m.w)[:, None].add(m.b.view(1, -1)).squeeze(1), {"w": (5, 6), "b": (6, 1)}),
+    "no bias": (lambda m, h: h @ m.w * m.b, {"w": (5, 6), "b": (6,)}),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_predictions_for_raw_matrices_hold(name: str) -> None:
+    """The rows are the incoming weights, with the bias that is added: second differences of real splits.
+
+    What multiplies a neuron is copied, as the scale of a BatchNorm is.
+    """
+    call, shapes = BIASED[name]
+    model = two_layers(call, **{tensor: matrix(*shape) for tensor, shape in shapes.items()})
     x, loss = batch(16), loss_of(torch.randn(16, 2))
     arch = trace(model, x)
-    direction = torch.randn(5)
+    group = arch.group("(root)")
+    assert [block.tensor for block in group.theta] == (["w"] if name == "no bias" else ["w", "b"])
+    assert group.dim == (5 if name == "no bias" else 6)
+    direction = torch.randn(group.dim)
     direction /= direction.norm()
-    vectors = torch.zeros(6, 5)
+    vectors = torch.zeros(6, group.dim)
     vectors[3] = direction
     product = SplittingOperator(model, arch, [x], loss).matvec({"(root)": vectors})["(root)"]
     errors = []
@@ -116,11 +137,34 @@ def test_predictions_for_raw_matrices_hold() -> None:
         wide = copy.deepcopy(model)
         moves = torch.stack([eps * direction, -eps * direction])
         split_neurons(wide, [Split("(root)", 3, (0.5, 0.5), moves)], arch=arch)
-        torch.testing.assert_close(wide.w[:, 3] - wide.w[:, 4], 2 * eps * direction)
+        weight = wide.w.movedim(0 if name in ("linear", "conv") else 1, 0).flatten(1)
+        torch.testing.assert_close(weight[3] - weight[4], 2 * eps * direction[:5])
         with torch.no_grad():
             change = float(loss(wide, x) - loss(model, x))
         errors.append(change - eps**2 / 2 * float(product[3] @ direction))
     assert 16 / 1.35 < errors[0] / errors[1] < 16 * 1.35
+
+
+def test_a_raw_layer_has_the_splitting_matrices_of_a_linear_one() -> None:
+    """The same network in two spellings."""
+    plain = net(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), a=lin(3, 5), b=lin(5, 6), c=lin(6, 2))
+    raw = two_layers(lambda m, h: h @ m.w + m.b, w=matrix(5, 6), b=matrix(6))
+    raw.a, raw.c = plain.a, plain.c
+    with torch.no_grad():
+        raw.w.copy_(plain.b.weight.T)
+        raw.b.copy_(plain.b.bias)
+    x, loss = batch(16), loss_of(torch.randn(16, 2))
+    torch.testing.assert_close(raw(x), plain(x))
+    found = [
+        SplittingOperator(m, trace(m, x), [x], loss).dense(g) for m, g in ((plain, "b"), (raw, "(root)"))
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_a_frozen_raw_bias_is_copied() -> None:
+    """It is no incoming weight that could move, and no reason to leave the neurons alone."""
+    model = two_layers(lambda m, h: h @ m.w + m.b, w=matrix(5, 6), b=matrix(6).requires_grad_(False))
+    assert assert_grows(model, batch(), groups=["a", "(root)"], rounds=1).group("(root)").dim == 5
 
 
 @pytest.mark.parametrize("grower", [None, GradMax()], ids=["splitting", "gradmax"])

@@ -17,7 +17,7 @@ from lightning_split.curvature import check_loss
 from lightning_split.growers.base import Draft, NotApplicableError, PredictingGrower
 from lightning_split.growers.ghosts import Ghosts, Vectors, averaged
 from lightning_split.growers.newneurons import Newcomers, NewcomersDraft, downhill
-from lightning_split.layers import Port, port_kind
+from lightning_split.layers import Port, port_kind, rule_for
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import undisturbed
 from lightning_split.splits import weights_of
@@ -310,7 +310,8 @@ def _foldable(context: GrowthContext) -> tuple[list[ChannelGroup], tuple[str, ..
 
 def _why_not(context: GrowthContext, group: ChannelGroup) -> str | None:
     """Why folding does not apply to a group, or ``None`` if it does."""
-    if len(group.theta) != 2 or len(group.producers) != 1 or group.theta[1].size != 1:
+    linear = len(group.theta) == 2 and len(group.producers) == 1 and group.theta[1].size == 1
+    if not linear or rule_for(context.model.get_submodule(group.producers[0])) is None:
         return "its neurons are not those of one linear layer with a bias"
     if group.through:
         return f"'{group.through[0].module}' stands between its neurons and the next layer"
