@@ -13,18 +13,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import textwrap
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 224  # of the images that are traced
 # Smaller images for the proof in float64; 7 x 7 maps and larger where a flattened map has to vary in space.
+# EfficientNet is deep and its last maps are small: the statistics of a few values make much of rounding.
 SMALL = {"alexnet": 127, "inception_v3": 299, "googlenet": 96, "maxvit_t": 224, "squeezenet1_0": 64}
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
@@ -81,16 +82,26 @@ class Clock:
         self.wall, self.cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
 
 
+def prepare() -> None:
+    """Import everything; nothing here may start threads, which do not survive a fork."""
+    import torch
+    import torchvision  # noqa: F401
+
+    from lightning_split import trace
+
+    trace(torch.nn.Linear(1, 1), torch.zeros(1, 1))
+
+
 def measure(name: str) -> dict[str, Any]:
     """Trace one model in this process."""
     import torch
 
     from lightning_split import trace
 
+    prepare()
     size = max(SIZE, SMALL.get(name, 0))
     x = torch.randn(2, 3, size, size)
-    torch.nn.functional.conv2d(x, torch.randn(8, 3, 3, 3))  # wake the threads and the libraries
-    trace(torch.nn.Linear(1, 1), torch.zeros(1, 1))
+    torch.nn.functional.conv2d(x, torch.randn(8, 3, 3, 3))  # wake the threads
     with Memory() as base:
         pass
     model = build(name)
@@ -130,7 +141,7 @@ def deviation(name: str, seed: int = 0) -> float:
     import torch
 
     torch.manual_seed(seed)
-    size = SMALL.get(name, 64)
+    size = SMALL.get(name, 128 if name.startswith("efficientnet") else 64)
     options = {"image_size": 56 if name == "vit_h_14" else 64} if name.startswith("vit") else {}
     size = options.get("image_size", size)
     model, x = build(name, **options).double(), torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -234,15 +245,16 @@ def main() -> None:
     known = args.results.read_text().splitlines() if args.results and args.results.exists() else []
     rows = {row["name"]: row for row in map(json.loads, known)}
     failed = []
+    prepare()
     for name in args.models or by_cost():
         if name in rows:
             continue
         try:
             row = in_process("measure", name)
             row["deviation"] = None if args.no_proof else in_process("deviation", name)
-        except subprocess.CalledProcessError as error:
+        except Exception as error:  # the others are still worth knowing
             failed.append(name)
-            print(f"{name}: {error.stderr}", file=sys.stderr, flush=True)
+            print(f"{name}: {error!r}", file=sys.stderr, flush=True)
             continue
         rows[name] = row
         show(row)
@@ -272,10 +284,9 @@ def told(deviation: float | None) -> str:
 
 
 def in_process(what: str, name: str) -> Any:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--one", what, name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
-    return json.loads(done.stdout.splitlines()[-1])
+    """Run one measurement in a process of its own, which starts with all that is imported here."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(globals()[what], name).result()
 
 
 if __name__ == "__main__":

@@ -205,8 +205,12 @@ def _beyond(vary: Sequence[bool], axis: int) -> bool:
 def _matmul(op: Operation) -> None:
     """A product over an axis along which no neurons lie keeps the labels of the others."""
     mode, out = op.mode, op.outputs[0]
+    *added, left, right = op.args[: 3 if op.name in ("addmm", "baddbmm") else 2]
+    if any(mode.get(t) is not None for t in added):
+        _barrier(op)
+        return
     found = []
-    for t, axis in ((op.args[0], -1), (op.args[1], -2)):
+    for t, axis in ((left, -1), (right, -2)):
         labels = mode.get(t)
         if labels is not None:
             if mode.varying(labels)[axis] or t.shape[axis] == 1:
@@ -221,16 +225,20 @@ def _matmul(op: Operation) -> None:
         found[0] = mode.unify(found[0], found[1], op.name)
     elif _batched_otherwise(op, mode.varying(found[0])):
         return
-    mode.set(out, found[0])
+    if not any(op.foreign(t, mode.varying(found[0])) for t in added):
+        mode.set(out, found[0])
 
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
     """Whether neurons lie along the batch, on which the other factor differs; if so, refuse."""
-    return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs)
+    return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs if t.ndim == len(vary))
 
 
 def _convolution(op: Operation) -> None:
-    """One filter for all channels (blur pooling), or a convolution with neurons along the batch."""
+    """One filter for all channels (blur pooling), or neurons along the batch, or along the space of points.
+
+    A filter of size one treats every place by itself.
+    """
     mode, (x, weight, bias) = op.mode, op.args[:3]
     labels = mode.get(x)
     if labels is None or len(op.labelled) > 1:
@@ -238,8 +246,10 @@ def _convolution(op: Operation) -> None:
         return
     vary, out = mode.varying(labels), op.outputs[0]
     same = mode.constants.flat(weight)[0] and (bias is None or all(mode.constants.flat(bias)))
-    if vary[0] and sum(vary) == 1:
-        mode.set(out, narrowed(labels, range(1, x.ndim)).expand(out.shape))
+    pointwise = weight.shape[2:].numel() == 1 and out.shape[2:] == x.shape[2:]
+    if not vary[1] and (pointwise or not any(vary[2:])):
+        narrow = [d for d in range(1, x.ndim) if not vary[d]]
+        mode.set(out, narrowed(labels, narrow).expand(out.shape))
     elif vary[1] and sum(vary) == 1 and op.arguments["groups"] == x.shape[1] and same:
         core = narrowed(labels, [d for d in range(x.ndim) if d != 1])
         mode.set(out, core.repeat_interleave(out.shape[1] // x.shape[1], 1).expand(out.shape))
@@ -395,7 +405,7 @@ _ACTIONS: dict[str, Action] = {
     **_over_space(3),
     **_all(_layer_norm, "native_layer_norm", "_fused_rms_norm"),
     **_all(_batch_norm, "native_batch_norm"),
-    **_all(_matmul, "mm", "bmm"),
+    **_all(_matmul, "mm", "bmm", "addmm", "baddbmm"),
     "convolution": _convolution,
     **_all(_attention, *_ATTENTION, "_scaled_dot_product_fused_attention_overrideable"),
 }

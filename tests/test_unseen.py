@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from lightning_split import TopK, grow, trace
@@ -74,7 +75,7 @@ class TwoModes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.other = nn.GRU(4, 7, 2, batch_first=True), nn.LSTM(4, 6, batch_first=True, proj_size=3)
+        self.one, self.other = nn.GRU(4, 7, batch_first=True), nn.LSTM(4, 6, batch_first=True, proj_size=3)
         self.left, self.right, self.gate = nn.Linear(7, 8), nn.Linear(3, 8), nn.Linear(10, 8)
         self.head = nn.Linear(8, 2)
 
@@ -87,7 +88,7 @@ class TwoModes(nn.Module):
 def test_a_refused_layer_runs_as_it_is() -> None:
     """Trial splits and measurements run a recurrent layer with projections by its own forward pass."""
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    x = torch.randn(3, 3, 8, dtype=torch.float64)
     model = _randomised(TwoModes(), x)
     arch = assert_splits_exactly(model, x)
     assert {g.name: g.width for g in arch.groups} == {"one": 7, "gate": 8}
@@ -96,3 +97,69 @@ def test_a_refused_layer_runs_as_it_is() -> None:
     report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=2))
     assert report.splits
     assert not trace(model, x).note
+
+
+class OverTime(nn.Module):
+    """Applies a layer to the other axis."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Forecaster(nn.Module):
+    """Trend and rest of a sequence of features are carried on by a linear map of its steps each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.smooth = nn.GRU(4, 7, batch_first=True), nn.AvgPool1d(3, 1, 1)
+        self.trend, self.rest = OverTime(nn.Linear(8, 5)), OverTime(nn.Linear(8, 5, bias=False))
+        self.head = nn.Sequential(nn.GELU(), nn.Linear(7, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encode(x)[0]
+        trend = self.smooth(h.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.trend(trend) + self.rest(h - trend))
+
+
+class SpatialGate(nn.Module):
+    """One half of the channels gates the other, after a mixture of positions."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(positions, positions, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = x.chunk(2, -1)
+        return u * self.mix(v)
+
+
+ROWS = [nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 5, 3), nn.Linear(2, 3), nn.SiLU(), nn.Conv2d(5, 2, 1)]
+MIX = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8))
+POSITIONAL = {
+    "forecaster": (Forecaster(), {"encode": 7}, {"trend.layer": 5, "rest.layer": 5}),
+    "gate": (
+        nn.Sequential(nn.Linear(4, 12), nn.GELU(), SpatialGate(8), nn.Linear(6, 2)),
+        {"0": 6},
+        {"2.mix": 8},
+    ),
+    "rows": (nn.Sequential(*ROWS), {"1": 5}, {"2": 3}),
+    # Here the layers of positions have a hidden layer of their own, which is what grows.
+    "mixer": (nn.Sequential(nn.Linear(4, 6), OverTime(MIX), nn.Linear(6, 2)), {"1.layer.0": 5}, {}),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_layers_of_positions_keep_the_neurons_of_others(name: str) -> None:
+    """A layer that mixes positions, alike for all neurons, does not keep them from being split."""
+    torch.manual_seed(0)
+    model, groups, positions = POSITIONAL[name]
+    x = torch.randn(2, 8, 4, dtype=torch.float64)
+    arch = assert_splits_exactly(_randomised(model, x), x)
+    assert {g.name: g.width for g in arch.groups} == groups
+    assert {u.name: u.width for u in arch.unsplittable if "positions" in u.reason} == positions
+    report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=1))
+    assert report.loss_after < report.loss_before
