@@ -121,7 +121,7 @@ class SplittingCallback(Callback):
         min_delta: float = 1e-3,
         cooldown: int = 0,
         step_size: float | str | StepSize = 1e-2,
-        num_batches: int = 8,
+        num_batches: int = 16,
         confirm_batches: int = 64,
         significance: float | None = 0.01,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,

@@ -98,10 +98,11 @@ class Lanczos(EigenSolver):
     may be missed.
 
     Where the Krylov space of a neuron is exhausted (zero matrix, low rank, repeated eigenvalues) it
-    goes on with a random vector orthogonal to the basis. Matrices with ``D <= num_products`` are
-    formed column by column and decomposed, which is exact and takes no more products.
+    goes on with a random vector orthogonal to the basis. Matrices with ``D <= num_products``, or
+    ``D <= exact_dim``, are formed column by column and decomposed, which is exact.
 
-    Cost: ``min(num_products, max D)`` products, and memory for ``basis_size`` vectors of every
+    Cost: ``min(num_products, max D)`` products, or as many as the largest matrix that is formed has
+    columns; and memory for ``basis_size`` vectors of every
     neuron.
 
     Args:
@@ -110,9 +111,10 @@ class Lanczos(EigenSolver):
             the values by less than half a percent of the largest (tests/test_eigen.py).
         tol: A pair has converged if its residual is at most ``tol`` times the larger of
             :math:`|\lambda_{\min}|` and :math:`|\lambda_{\max}|`.
+        exact_dim: Neurons with at most so many incoming weights are solved exactly, whatever it takes.
 
     Raises:
-        ValueError: If ``num_products`` is below 1 or ``tol`` is negative.
+        ValueError: If ``num_products`` is below 1, or ``tol`` or ``exact_dim`` is negative.
 
     References:
         Lanczos (1950); Paige (1976) on why the basis must be reorthogonalised; Wu and Simon (2000)
@@ -131,9 +133,12 @@ class Lanczos(EigenSolver):
     num_products: int = 16
     tol: float = 1e-2
     basis_size: int = 5
+    exact_dim: int = 0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        if self.exact_dim < 0:
+            raise ValueError(f"Lanczos needs exact_dim >= 0, got {self.exact_dim!r}.")
         _check_options("Lanczos", num_products=self.num_products, tol=self.tol)
         if self.basis_size < 4:
             raise ValueError(f"Lanczos needs basis_size >= 4, got {self.basis_size!r}.")
@@ -151,8 +156,11 @@ class Lanczos(EigenSolver):
         """Extreme Ritz pairs; ``dense`` is not used. See :meth:`EigenSolver.solve`."""
         _check_problem("Lanczos", shapes, dtype)
         spaces: dict[str, KrylovSpace | Columns] = {}
+        count = 0
         for name, shape in shapes.items():
-            if shape[1] <= self.num_products:
+            formed = shape[1] <= max(self.num_products, self.exact_dim)
+            count = max(count, shape[1] if formed else self.num_products)
+            if formed:
                 spaces[name] = Columns(shape, dtype=dtype, device=device)
             else:
                 spaces[name] = KrylovSpace(
@@ -164,7 +172,7 @@ class Lanczos(EigenSolver):
                     device=device,
                     seed=seed,
                 )
-        for _ in range(min(self.num_products, max((dim for _, dim in shapes.values()), default=0))):
+        for _ in range(count):
             products = _product(matvec, {name: space.last() for name, space in spaces.items()})
             for name, space in spaces.items():
                 space.extend(products.pop(name))

@@ -1,14 +1,16 @@
 """Layers whose double backward does no more than the splitting matrices need.
 
-Between cuts the inputs of layers and the parameters of channelwise layers are constants, but torch's own
-second derivatives also go there: the double backward of a convolution transposes it to differentiate in its
-input, and that of BatchNorm in eval mode, an affine map, takes two dozen passes over the activations.
+Of the gradient in a weight only the graph is needed, and between cuts the inputs of layers and the parameters
+of channelwise layers are constants. torch's own second derivatives do not know that: the double backward of a
+convolution transposes it to differentiate in its input, and that of BatchNorm in eval mode, an affine map,
+takes two dozen passes over the activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,43 +22,54 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["LeanDerivatives", "transformed", "without_autocast"]
 
 
-class _Convolution(torch.autograd.Function):
-    """A convolution of a constant, linear in its weight."""
+class _Weighting(torch.autograd.Function):
+    """A constant, multiplied with a weight: linear in the weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor, convolve: Callable[..., Tensor], options: Any) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, x: Tensor, kind: _Kind) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.convolve, ctx.options, ctx.shape = convolve, options, weight.shape
-        return convolve(x, weight, None, *options)
+        ctx.kind, ctx.shape = kind, weight.shape
+        return kind.multiply(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        return _WeightGradient.apply(grad, x, ctx.convolve, ctx.options, ctx.shape), None, None, None
+        # Where this gradient is going to be differentiated, it needs a graph, and of a parameter no value.
+        valued = ctx.kind.valued or not torch.is_grad_enabled()
+        return _WeightGradient.apply(grad, x, ctx.kind, ctx.shape, valued), None, None
 
 
 class _WeightGradient(torch.autograd.Function):
     """Its gradient in the weight, linear in the gradient of its output."""
 
     @staticmethod
-    def forward(
-        ctx: Any, grad: Tensor, x: Tensor, convolve: Callable[..., Tensor], options: Any, shape: torch.Size
-    ) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, x: Tensor, kind: _Kind, shape: torch.Size, valued: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.convolve, ctx.options = convolve, options
-        stride, padding, dilation, groups = options
-        none = [0] * len(stride)
-        weight = grad.new_empty(1).expand(shape)  # only its shape is looked at
-        gradients = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, none, groups, [False, True, False]
-        )
-        result: Tensor = gradients[1]
-        return result
+        ctx.kind = kind
+        return kind.gradient(grad, x, shape) if valued else grad.new_zeros(1).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        return _Convolution.apply(weight, x, ctx.convolve, ctx.options), None, None, None, None
+        return _Weighting.apply(weight, x, ctx.kind), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a weight is multiplied with what it reads, and the gradient in the weight."""
+
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, torch.Size], Tensor]
+    valued: bool  # whether more than second derivatives depends on the value of that gradient
+
+
+def _reads_constant(input: Tensor, weight: Tensor) -> bool:
+    if input.requires_grad or not weight.requires_grad:
+        return False
+    if input.dtype != weight.dtype or not input.is_floating_point():
+        return False
+    # the forward pass would cast, or be transformed by vmap, out of our sight
+    return not (torch.is_autocast_enabled(input.device.type) or transformed())
 
 
 def _convolution(
@@ -70,15 +83,35 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    if input.requires_grad or not weight.requires_grad or isinstance(padding, str):
+    if not _reads_constant(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
         return None
-    if input.ndim != dims + 2 or input.dtype != weight.dtype or not input.is_floating_point():
-        return None
-    if torch.is_autocast_enabled(input.device.type) or transformed():
-        return None  # the forward pass would cast, or be transformed by vmap, out of our sight
-    options = (*(_tuple(value, dims) for value in (stride, padding, dilation)), groups)
-    found: Tensor = _Convolution.apply(weight, input, function, options)
+    stride, padding, dilation = (_tuple(value, dims) for value in (stride, padding, dilation))
+
+    def gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        weight = grad.new_empty(1).expand(shape)  # only its shape is looked at
+        gradients = torch.ops.aten.convolution_backward(
+            *(grad, x, weight, None, stride, padding, dilation, False, [0] * dims, groups),
+            [False, True, False],
+        )
+        result: Tensor = gradients[1]
+        return result
+
+    kind = _Kind(
+        lambda x, w: function(x, w, None, stride, padding, dilation, groups), gradient, not weight.is_leaf
+    )
+    found: Tensor = _Weighting.apply(weight, input, kind)
     return found if bias is None else found + bias.view(-1, *[1] * dims)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if not _reads_constant(input, weight) or not weight.is_leaf or weight.ndim != 2:
+        return None  # with a weight that is computed nothing would be saved
+
+    def gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        return grad.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])
+
+    found: Tensor = _Weighting.apply(weight, input, _Kind(F.linear, gradient, False))
+    return found if bias is None else found + bias
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
@@ -108,7 +141,7 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), input, scale.view(shape))
 
 
-_LEAN: dict[Any, Callable[..., Tensor | None]] = {F.batch_norm: _batch_norm}
+_LEAN: dict[Any, Callable[..., Tensor | None]] = {F.batch_norm: _batch_norm, F.linear: _linear}
 _CONVOLUTIONS = {1: (F.conv1d, torch.conv1d), 2: (F.conv2d, torch.conv2d), 3: (F.conv3d, torch.conv3d)}
 for _dims, _functions in _CONVOLUTIONS.items():
     for _function in _functions:
@@ -134,10 +167,11 @@ def without_autocast(device: str) -> Iterator[None]:
 
 
 class LeanDerivatives(TorchFunctionMode):
-    """While active, convolutions of constants and BatchNorm in eval mode have cheap second derivatives.
+    """While active, layers that read constants and BatchNorm in eval mode have cheap second derivatives.
 
-    Values and derivatives in the weights of convolutions, and in what is normalised, are those of torch up to
-    rounding. Parameters of BatchNorm count as constants.
+    Values, second derivatives in the weights of convolutions and linear layers, and derivatives in what is
+    normalised are those of torch up to rounding. Parameters of BatchNorm count as constants. First
+    derivatives in weights that are parameters have a graph and no value.
 
     Attributes:
         recomputed: Whether some part ran under hooks that make anew what is saved, as gradient checkpointing

@@ -217,6 +217,12 @@ def test_products_are_counted(dims: list[int], num_products: int) -> None:
     matrices = Matrices({f"g{i}": spectrum("random", 2, d) for i, d in enumerate(dims)})
     matrices.solve(Lanczos(num_products))
     assert matrices.num_products == min(num_products, max(dims))
+    matrices.num_products = 0
+    pairs = matrices.solve(Lanczos(num_products, exact_dim=10))
+    exact = {n: d for n, (_, d) in matrices.shapes.items() if d <= max(10, num_products)}
+    assert matrices.num_products == max([*exact.values(), num_products * (len(exact) < len(dims))])
+    for name in exact:
+        check_pairs(pairs[name], matrices.matrices[name], rtol=1e-11)
 
 
 def test_other_solvers_count_their_products() -> None:
@@ -440,6 +446,7 @@ def test_wrong_problems_are_refused(solver: EigenSolver) -> None:
     ("make", "message"),
     [
         (lambda: Lanczos(8, basis_size=3), "basis_size >= 4, got 3"),
+        (lambda: Lanczos(8, exact_dim=-1), "exact_dim >= 0, got -1"),
         (lambda: Lanczos(0), "Lanczos needs num_products >= 1, got 0"),
         (lambda: Lanczos(4, tol=-1.0), "Lanczos needs tol >= 0, got -1.0"),
         (lambda: Lanczos(4, tol=math.nan), "Lanczos needs tol >= 0, got nan"),
@@ -459,6 +466,6 @@ def test_wrong_options_are_refused(make: Callable[[], EigenSolver], message: str
 def test_solvers_are_values() -> None:
     """The first argument is positional, repr is the log line, equal settings are equal."""
     assert Lanczos(16) == Lanczos(num_products=16, tol=1e-2)
-    assert repr(Lanczos(16)) == "Lanczos(num_products=16, tol=0.01, basis_size=5)"
+    assert repr(Lanczos(16)) == "Lanczos(num_products=16, tol=0.01, basis_size=5, exact_dim=0)"
     assert RayleighDescent(100).num_steps == 100
     assert repr(Exact()) == "Exact()"

@@ -22,6 +22,11 @@ LAYERS = {
     "same": (nn.Conv2d(3, 4, 3, padding="same"), (2, 3, 5, 5)),
     "3d": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4)),
     "one sample": (nn.Conv2d(3, 4, 3), (3, 6, 6)),
+    "linear": (nn.Linear(3, 4), (5, 3)),
+    "linear, no bias": (nn.Linear(3, 4, bias=False), (2, 5, 6, 3)),
+    "linear, one sample": (nn.Linear(3, 4), (3,)),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), (2, 3)),
+    "convolution with weight norm": (nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 2)), (2, 3, 5)),
 }
 
 
@@ -35,22 +40,25 @@ def _derivatives(layers: nn.Module, weight: Tensor, x: Tensor, v: Tensor) -> lis
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_derivatives_are_those_of_torch(name: str) -> None:
-    """Values, first and second derivatives in the weight, with BatchNorm in eval mode behind it."""
-    convolution, shape = LAYERS[name]
-    convolution = convolution.double()
+    """Values and second derivatives in the weight, with BatchNorm in eval mode behind it."""
+    layer, shape = LAYERS[name]
+    layer = layer.double()
     norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(len(shape))
-    layers = nn.Sequential(convolution)
-    if norm is not None:
-        layers.append(norm(convolution.out_channels).double())
+    layers = nn.Sequential(layer)
+    if norm is not None and isinstance(layer, nn.modules.conv._ConvNd):
+        layers.append(norm(layer.out_channels).double())
         layers(torch.randn(shape) * 3 + 1)
         nn.init.normal_(layers[1].weight)
     layers.eval()
-    x, v = torch.randn(shape), torch.randn_like(convolution.weight)
-    expected = _derivatives(layers, convolution.weight, x, v)
+    weight = next(p for p in layer.parameters() if p.ndim == layer.weight.ndim and p.numel() > 4)
+    x, v = torch.randn(shape), torch.randn_like(weight)
+    expected = _derivatives(layers, weight, x, v)
     with LeanDerivatives():
-        found = _derivatives(layers, convolution.weight, x, v)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        found = _derivatives(layers, weight, x, v)
+        (plain,) = torch.autograd.grad(layers(x).sin().square().sum(), weight)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2], expected[2])
+    torch.testing.assert_close(plain, expected[1])
 
 
 class _Names(TorchDispatchMode):
@@ -65,13 +73,17 @@ class _Names(TorchDispatchMode):
 
 
 def test_a_product_convolves_twice_and_does_not_transpose() -> None:
-    """One convolution with the direction, one weight gradient; torch alone adds a transposed convolution."""
+    """One convolution with the direction, one weight gradient; torch alone adds a transposed convolution.
+
+    The first derivatives, of which only the graph is wanted, take no weight gradient.
+    """
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval()
     weight, x = layers[0].weight, torch.randn(2, 3, 6, 6)
     counts = []
     for lean in (True, False):
-        with LeanDerivatives() if lean else torch.enable_grad():
+        with LeanDerivatives() if lean else torch.enable_grad(), _Names() as names:
             (first,) = torch.autograd.grad(layers(x).sin().sum(), weight, create_graph=True)
+        assert names.seen.count("aten.convolution_backward") == (0 if lean else 1)
         with _Names() as names:
             torch.autograd.grad(first, weight, torch.ones_like(weight))
         count = names.seen.count
