@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from lightning_split._compat import Callback, MisconfigurationException, twins
 from lightning_split.architecture import Architecture
+from lightning_split.batches import BatchSupply
 from lightning_split.checkpoint import enable_growth
 from lightning_split.context import GrowthContext
 from lightning_split.growers import Grower, SteepestSplitting
@@ -33,18 +33,10 @@ from lightning_split.optim import (
     shadow_models,
     share_buffers,
 )
-from lightning_split.probing import (
-    BatchBuffer,
-    quiet,
-    refuse_unprobeable,
-    step_loss,
-    to_device,
-    training_batches,
-)
+from lightning_split.probing import quiet, refuse_unprobeable, step_loss
 from lightning_split.report import GrowthReport
 from lightning_split.reporting import log_growth, model_summary
 from lightning_split.selection import SelectionStrategy, TopK
-from lightning_split.significance import FIRST_LOOK, DrawnBatches
 from lightning_split.stepsize import StepSize, as_step_size
 from lightning_split.surgery import Surgery
 from lightning_split.tracing import trace_step
@@ -52,7 +44,7 @@ from lightning_split.triggers import Plateau, Trigger
 
 __all__ = ["SplittingCallback"]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _PRUNING = twins("callbacks.ModelPruning")
 
 
@@ -178,8 +170,7 @@ class SplittingCallback(Callback):
         self.lineage = Lineage()
         self.barred: dict[str, str] = {}
         self._monitor = Monitor(self.trigger)
-        self._buffer = BatchBuffer(num_batches + min(confirm_batches, FIRST_LOOK))
-        self._buffering = False
+        self._supply = BatchSupply(num_batches, confirm_batches)
         self._traced = False
         self._module: weakref.ref[nn.Module] | None = None
 
@@ -227,12 +218,13 @@ class SplittingCallback(Callback):
     ) -> None:
         if not self._traced:
             self._first_look(trainer, pl_module, batch)
-        if self._buffering:
-            self._buffer.add(batch)
         self._monitor.batch_starts(trainer)
         # A gradient under accumulation belongs to the old sizes: grow where Lightning zeroes it.
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._grow_if_due(trainer, pl_module)
+        # Only now, because a resumed run may catch up here on a growth that was due when the epoch started.
+        if not self._exhausted():
+            self._supply.saw(trainer, batch, batch_idx)
 
     @override
     def on_train_batch_end(
@@ -257,9 +249,9 @@ class SplittingCallback(Callback):
         if exhausted:
             self._stop(trainer, pl_module, f"max_growths={self.max_growths} is reached")
             return
-        batches = self._batches(trainer, pl_module)
+        batches = self._supply.take(trainer, pl_module, self._growth_seed)
         if batches is None:
-            return  # the buffer is filling; due stays due
+            return  # not enough went by yet; due stays due
         try:
             report = self._grow(trainer, pl_module, *batches)
         except NothingToSplitError as error:
@@ -303,7 +295,7 @@ class SplittingCallback(Callback):
         self._traced = True
         if not self.history:
             self.lineage = Lineage.start(widths)
-        self._buffering = self._replayed(trainer, 1) is None
+        self._supply.begins(trainer, seed)
 
     @property
     def _growth_seed(self) -> int:
@@ -312,44 +304,6 @@ class SplittingCallback(Callback):
 
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
         return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
-
-    def _replayed(self, trainer: pl.Trainer, count: int, skip: int = 0) -> list[Any] | None:
-        return training_batches(trainer, count, seed=self._growth_seed, skip=skip)
-
-    def _batches(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> tuple[list[Any], Iterable[Any] | None] | None:
-        """Batches on the device, to estimate and to confirm with; ``None`` if there are not enough yet."""
-        count = self.num_batches + min(self.confirm_batches, FIRST_LOOK)
-        more = self.confirm_batches - FIRST_LOOK
-        with quiet(trainer, pl_module, seed=self._growth_seed):
-            batches = self._replayed(trainer, count)
-            if batches is not None:
-                batches = [to_device(trainer, pl_module, batch) for batch in batches]
-        if batches is None:
-            self._buffering = True
-            batches, more = self._buffer.batches(), 0
-            if len(batches) < count:
-                return None
-        if not self.confirm_batches:
-            return batches, None
-        # Where an epoch has fewer batches than asked for, it is shared out.
-        num = min(self.num_batches, (len(batches) + 1) // 2)
-        fresh = batches[num:]
-        if not fresh:
-            return batches[:num], None
-        epoch = math.inf if self._buffering else float(trainer.num_training_batches) - num
-        if len(batches) < count:
-            epoch = len(fresh)  # those are all that there are
-
-        def draw(skip: int) -> list[Any]:
-            if len(batches) < count or more <= skip:
-                return []
-            found = self._replayed(trainer, min(more - skip, FIRST_LOOK), skip=count + skip) or []
-            return [to_device(trainer, pl_module, batch) for batch in found]
-
-        most = int(min(epoch, max(len(fresh), self.confirm_batches)))
-        return batches[:num], DrawnBatches(fresh, draw, most, epoch)
 
     def _grow(
         self,
@@ -443,6 +397,7 @@ class SplittingCallback(Callback):
             "history": self.history,
             "trigger": self.trigger.state_dict(),
             "monitor": self._monitor.state_dict(),
+            "batches": self._supply.state_dict(),
             "lineage": self.lineage.to_dict(),
             "barred": self.barred,
             "strategy": self.strategy.state_dict(),
@@ -457,6 +412,8 @@ class SplittingCallback(Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None:
             state["monitor"] = self._monitor.state_now(trainer)
+            if not self._exhausted():
+                state["batches"] = self._supply.state_now(trainer)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -472,6 +429,7 @@ class SplittingCallback(Callback):
         self.barred = dict(state_dict["barred"])
         self.strategy.load_state_dict(state_dict["strategy"])
         self._monitor.load_state_dict(state_dict["monitor"])
+        self._supply.load_state_dict(state_dict["batches"])
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -411,6 +411,13 @@ class TrainerRanks(Ranks):
             gathered[name] = strategy.reduce(rows, reduce_op="sum").flatten(0, 1).to(t.device)
         return gathered
 
+    def collect(self, mine: T) -> list[T]:
+        """What each process has, in rank order: anything that pickles."""
+        if self._trainer.world_size == 1:
+            return [mine]
+        strategy = self._trainer.strategy
+        return [strategy.broadcast(mine, src=rank) for rank in range(self._trainer.world_size)]
+
     def agree(self, decision: T) -> T:
         """The decision of the first process."""
         if self._trainer.world_size == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,31 @@ def images(n: int = 48, seed: int = 0) -> TensorDataset:
 def loader(n: int = 48, batch: int = 16, **options: Any) -> DataLoader[Any]:
     """Training batches in fixed order, so that a resume sees the same data."""
     return DataLoader(images(n), batch, **options)
+
+
+class ResumableLoader:
+    """Batches in order, that nobody can ask for once more; on resume it goes on where it was.
+
+    It has a length, because of what has none Lightning fetches a batch ahead, and loses it in a crash.
+    """
+
+    def __init__(self, data: Any, make: Callable[[Any], Any] = lambda batch: batch) -> None:
+        self._data, self._make, self._place = data, make, 0
+
+    def __len__(self) -> int:
+        return len(self._data) // 16
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(DataLoader(self._data, 16)):
+            if number >= self._place:
+                self._place = (number + 1) % len(self)
+                yield self._make(batch)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self._place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._place = state["place"]
 
 
 def trainer(path: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

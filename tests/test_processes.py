@@ -30,7 +30,7 @@ from lightning_split import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from modules import Classifier, assert_same, images, loader, trainer, two_splits, widths
+from modules import Classifier, ResumableLoader, assert_same, images, loader, trainer, two_splits, widths
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,7 +100,7 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
     module = ByHand() if manual else Distributed(case.get("unused", False))
     monitor = case.get("monitor", "plan")
     callback = two_splits(
-        trigger=Plateau(monitor, patience=1, min_delta=0.5),
+        trigger=Plateau(monitor, **case.get("plateau", {"patience": 1, "min_delta": 0.5})),
         loss_fn=_loss if manual else None,
         **(_everything() if case.get("mixed") else {}),
         **({"strategy": _fastest()} if case.get("latency") else {}),
@@ -129,6 +129,8 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
     data: Any = loader(96)
     if steps:  # each rank has one batch of its own, over and over: Lightning starts loaders anew on resume
         data = DataLoader(Subset(images(), list(range(16 * rank, 16 * rank + 16)) * 3), 16)
+    if case.get("stream"):
+        data = ResumableLoader(Subset(images(96), range(48 * rank, 48 * rank + 48)))
     t.fit(module, data, ckpt_path=ckpt_path)
     names = {p: n for n, p in module.named_parameters()}
     mine = {
@@ -246,8 +248,9 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
             "monitor": "step_loss",
             "plateau": {"interval": "step", "patience": 5, "min_delta": 9.0},
         },
+        {"every_steps": 1, "monitor": "mean_loss", "stream": True},
     ],
-    ids=["epochs", "epochs, average", "steps", "steps, average", "by step"],
+    ids=["epochs", "epochs, average", "steps", "steps, average", "by step", "streams"],
 )
 def test_resuming_two_processes_equals_the_uninterrupted_run(tmp_path: Path, case: dict[str, Any]) -> None:
     """From every checkpoint but the last: the same growths and bit-identical weights and moments.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning_split import Every, Plateau, SplittingCallback
+from lightning_split import Every, Plateau, SplittingCallback, batches
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from modules import Classifier, assert_same, images, trainer, two_splits
+from modules import Classifier, ResumableLoader, assert_same, images, trainer, two_splits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch"),
@@ -142,3 +144,78 @@ def test_resuming_from_every_checkpoint(tmp_path: Path, trigger: str, order: str
 def test_resuming_with_an_average_from_every_checkpoint(tmp_path: Path, trigger: str, order: str) -> None:
     """The same with a moving average of the weights, before or after the callback."""
     assert len(_assert_resumes(tmp_path, trigger, order=order)) >= 2
+
+
+# data that cannot be asked for once more ------------------------------------------------------------
+
+
+class Stream(IterableDataset[Any]):
+    """The same images in every epoch; its length is not known."""
+
+    def __iter__(self) -> Iterator[Any]:
+        data = images(80)
+        return (data[i] for i in range(len(data)))
+
+
+def _stream(folder: Path, resume: Path | None = None, **options: Any) -> tuple[Classifier, SplittingCallback]:
+    pl.seed_everything(0 if resume is None else 9, verbose=False)
+    module = Classifier()
+    given = {"trigger": Every(5, "step"), "num_batches": 2, "confirm_batches": 1, "max_growths": 3}
+    callback = two_splits(**(given | options.pop("callback", {})))
+    callbacks = [callback] if resume else [callback, SaveEverywhere(folder)]
+    t = trainer(folder, *callbacks, max_epochs=4)
+    t.fit(
+        module,
+        options["data"] if "data" in options else ResumableLoader(images(80), **options),
+        ckpt_path=resume,
+    )
+    return module, callback
+
+
+@pytest.mark.parametrize("which", [slice(3, 8), pytest.param(slice(None), marks=pytest.mark.slow)])
+def test_the_last_batches_survive_a_crash(tmp_path: Path, which: slice) -> None:
+    """A stream is measured by what went by; a resumed run measures on the same batches."""
+    module, callback = _stream(tmp_path)
+    assert [e["step"] for e in callback.history] == [5, 10, 15]
+    saved = sorted(tmp_path.glob("*-batch.ckpt"))
+    assert len(saved) == 20
+    for path in saved[which]:
+        state = torch.load(path, weights_only=True)["callbacks"][callback.state_key]["batches"]
+        assert len(state["recent"][0]["batches"] if state["recent"] else []) <= 3
+        again, other = _stream(tmp_path / path.stem, path)
+        assert_same(other.history, callback.history, path.stem)
+        assert_same(dict(again.state_dict()), dict(module.state_dict()), path.stem)
+    assert state["recent"] is None or which != slice(None)  # after the last growth nothing is kept
+
+
+class Pair(NamedTuple):
+    """A batch of a class of one's own."""
+
+    x: Tensor
+    y: Tensor
+
+
+def test_what_cannot_be_saved_is_told_at_the_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects and large batches are not put in a checkpoint; the run that misses them says so, once."""
+    _, callback = _stream(tmp_path / "objects", make=lambda batch: Pair(*batch))
+    path = next((tmp_path / "objects").glob("09-*.ckpt"))
+    with pytest.warns(UserWarning, match="because they hold more than tensors.*until 3 batches have gone"):
+        _, other = _stream(tmp_path / "objects" / "on", path, make=lambda batch: Pair(*batch))
+    assert [e["step"] for e in callback.history[:2]] == [5, 10]
+    assert [e["step"] for e in other.history[:2]] == [5, 12]  # only then three went by
+    monkeypatch.setattr(batches, "MOST_BYTES", 3 * 16 * (36 * 4 + 8) - 1)
+    _stream(tmp_path / "large")
+    path = next((tmp_path / "large").glob("09-*.ckpt"))
+    with pytest.warns(UserWarning, match="because they take 0 MiB, more than 0; a growth waits"):
+        _stream(tmp_path / "large" / "on", path)
+
+
+def test_a_short_epoch_is_enough_to_measure_with(tmp_path: Path) -> None:
+    """Where an epoch of a stream has fewer batches than asked for, a growth waits for no more than it has."""
+    options = {"trigger": Every(1), "num_batches": 8, "confirm_batches": 64}
+    module, callback = _stream(tmp_path, callback=options, data=DataLoader(Stream(), 16))
+    assert [(e["epoch"], e["num_splits"]) for e in callback.history] == [(1, 2), (2, 2), (3, 2)]
+    path = tmp_path / "11-epoch.ckpt"
+    again, other = _stream(tmp_path / "on", path, callback=options, data=DataLoader(Stream(), 16))
+    assert_same(other.history, callback.history)
+    assert_same(dict(again.state_dict()), dict(module.state_dict()))
