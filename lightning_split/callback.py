@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_split._compat import Callback, MisconfigurationException, twins
-from lightning_split.architecture import Architecture
+from lightning_split._compat import Callback, MisconfigurationException
+from lightning_split.admission import check_choice, check_least, check_patterns, first_look, refuse_setup
 from lightning_split.batches import BatchSupply
 from lightning_split.checkpoint import enable_growth
-from lightning_split.context import GrowthContext
+from lightning_split.chronicle import Chronicle
+from lightning_split.company import averaging_done, follow, shadow_models, share_buffers
 from lightning_split.growers import Grower, SteepestSplitting
-from lightning_split.growth import NothingToSplitError, grow, select_groups
+from lightning_split.growth import NothingToSplitError, grow
 from lightning_split.lineage import Lineage
 from lightning_split.monitoring import Monitor
-from lightning_split.optim import (
-    TrainerRanks,
-    averaging_done,
-    carry_all,
-    interfaces,
-    refuse_optimizers,
-    refuse_strategy,
-    rewrap,
-    shadow_models,
-    share_buffers,
-)
-from lightning_split.probing import quiet, refuse_unprobeable, step_loss
+from lightning_split.optim import TrainerRanks, refuse_optimizers
+from lightning_split.probing import quiet, step_loss
 from lightning_split.report import GrowthReport
-from lightning_split.reporting import log_growth, model_summary
+from lightning_split.reporting import announce, log_growth
 from lightning_split.selection import SelectionStrategy, TopK
 from lightning_split.stepsize import StepSize, as_step_size
-from lightning_split.surgery import Surgery
-from lightning_split.tracing import trace_step
 from lightning_split.triggers import Plateau, Trigger
 
 __all__ = ["SplittingCallback"]
 
 STATE_VERSION = 3
-_PRUNING = twins("callbacks.ModelPruning")
 
 
 class SplittingCallback(Callback):
@@ -129,22 +115,17 @@ class SplittingCallback(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        _check_choice("optimizer_state", optimizer_state, ("transfer", "reset"))
-        _check_choice("lr_schedule", lr_schedule, ("keep", "restart"))
-        for name, value, least in (
-            ("num_batches", num_batches, 1),
-            ("confirm_batches", confirm_batches, 0),
-            ("max_growths", max_growths, 0),
-            ("max_params", max_params, 0),
-            ("max_macs", max_macs, 0),
-        ):
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        check_choice("optimizer_state", optimizer_state, ("transfer", "reset"))
+        check_choice("lr_schedule", lr_schedule, ("keep", "restart"))
+        check_least("num_batches", num_batches, 1)
+        check_least("confirm_batches", confirm_batches, 0)
+        check_least("max_growths", max_growths, 0)
+        check_least("max_params", max_params, 0)
+        check_least("max_macs", max_macs, 0)
+        check_patterns("include", include)
+        check_patterns("exclude", exclude)
         if significance is not None and not 0 < significance < 1:
             raise ValueError(f"significance must be between 0 and 1, or None, got {significance}.")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise ValueError(f"{name} is a list of patterns; write {name}=[{patterns!r}].")
         self.strategy = strategy or TopK(fraction=0.3)
         self.grower = grower or SteepestSplitting()
         self.trigger = trigger or Plateau(
@@ -165,41 +146,52 @@ class SplittingCallback(Callback):
         self.lr_schedule = lr_schedule
         self.seed = seed
         self.verbose = verbose
-        self.reports: list[GrowthReport] = []  # of this process, not restored on resume
-        self.history: list[dict[str, Any]] = []
-        self.lineage = Lineage()
-        self.barred: dict[str, str] = {}
+        self._chronicle = Chronicle()
         self._monitor = Monitor(self.trigger)
         self._supply = BatchSupply(num_batches, confirm_batches)
         self._traced = False
         self._module: weakref.ref[nn.Module] | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All growths of the run, those before a resume included, as plain numbers and names."""
+        return self._chronicle.history
+
+    @property
+    def reports(self) -> list[GrowthReport]:
+        """The growths of this process, in full."""
+        return self._chronicle.reports
+
+    @property
+    def lineage(self) -> Lineage:
+        """Who descends from whom."""
+        return self._chronicle.lineage
+
+    @property
+    def barred(self) -> dict[str, str]:
+        """Channel groups that are left alone from now on, with the reason."""
+        return self._chronicle.barred
 
     # refusals ---------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._refuse(trainer, pl_module)
+            self._refuse_others(pl_module)
+            refuse_setup(trainer, pl_module, own_loss=self.loss_fn is not None)
             self._module = weakref.ref(pl_module)
         # Every stage may load a checkpoint of another width, and a load comes before any other hook of ours.
         enable_growth(pl_module)
         for shadow in shadow_models(trainer):
             enable_growth(shadow)
 
-    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _refuse_others(self, pl_module: pl.LightningModule) -> None:
         known = self._module() if self._module is not None else None
         if self._module is not None and known is not pl_module and (self.history or known is not None):
             raise MisconfigurationException(
                 "This SplittingCallback already belongs to another module, whose growths it remembers; "
                 "create a new SplittingCallback for each module."
             )
-        if any(isinstance(c, _PRUNING) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "SplittingCallback cannot grow layers that ModelPruning masks; use one of the two callbacks."
-            )
-        refuse_strategy(trainer)
-        if self.loss_fn is None:
-            refuse_unprobeable(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -270,32 +262,27 @@ class SplittingCallback(Callback):
         trainer.should_stop = True
 
     def _exhausted(self) -> bool:
-        growths = sum(1 for event in self.history if event["num_splits"])
-        return self.max_growths is not None and growths >= self.max_growths
+        return self.max_growths is not None and self._chronicle.num_growths >= self.max_growths
 
     # how ----------------------------------------------------------------------------------------------
 
     def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Refuse a network that cannot grow on its first batch, not when the first growth is due."""
-        seed, loss_fn = self._growth_seed, self._loss(trainer, pl_module)
-        with quiet(trainer, pl_module, seed=seed):
-            arch: Architecture = trace_step(pl_module, batch, loss_fn)
-        self.barred |= interfaces(trainer, pl_module, arch)
-        try:
-            groups = select_groups(arch.without(self.barred), self.include, self.exclude)
-            widths, ranks = groups.widths, TrainerRanks(trainer)
-            with quiet(trainer, pl_module, seed=seed):
-                self.grower.check(GrowthContext(pl_module, groups, loss_fn, [batch], seed=seed, ranks=ranks))
-        except ValueError as error:
-            if not (isinstance(error, NothingToSplitError) and error.frozen):
-                raise MisconfigurationException(str(error)) from None
-            widths = {}  # a finetuning callback may thaw the network later
-        if self.verbose and arch.note:
-            pl_module.print(f"Growth: {arch.note}")
+        widths, barred, note = first_look(
+            trainer,
+            pl_module,
+            batch,
+            loss_fn=self._loss(trainer, pl_module),
+            grower=self.grower,
+            include=self.include,
+            exclude=self.exclude,
+            barred=self.barred,
+            seed=self._growth_seed,
+        )
+        if self.verbose and note:
+            pl_module.print(f"Growth: {note}")
+        self._chronicle.begin(widths, barred)
+        self._supply.begins(trainer, self._growth_seed)
         self._traced = True
-        if not self.history:
-            self.lineage = Lineage.start(widths)
-        self._supply.begins(trainer, seed)
 
     @property
     def _growth_seed(self) -> int:
@@ -328,60 +315,20 @@ class SplittingCallback(Callback):
                 barred=self.barred,
                 max_params=self.max_params,
                 max_macs=self.max_macs,
-                seed_cost=self.history[0]["cost_before"] if self.history else None,
+                seed_cost=self._chronicle.seed_cost,
                 seed=self._growth_seed,
                 ranks=TrainerRanks(trainer),
             )
         if report.splits:
-            for shadow in shadow_models(trainer):
-                surgery = Surgery(shadow, report.splits, report.architecture)
-                surgery.apply()
-                surgery.displace()
-            rewrap(trainer, pl_module)
-            carry_all(trainer, report.replaced, self.optimizer_state, self.lr_schedule)
-            if "torch._dynamo" in sys.modules:
-                torch._dynamo.reset()  # each growth is one recompilation; without this, eight are the limit
+            follow(trainer, pl_module, report, self.optimizer_state, self.lr_schedule)
         return report
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport) -> None:
-        number = len(self.history) + 1
-        self.barred.update(report.barred)
-        offspring: dict[str, dict[int, tuple[float, ...]]] = {}
-        for split in report.splits:
-            offspring.setdefault(split.group, {})[split.neuron] = split.weights
-        for group, weights in offspring.items():
-            self.lineage.record(
-                group,
-                {neuron: len(w) for neuron, w in weights.items()},
-                growth=number,
-                width=report.widths_before[group],
-                new={neuron: [i for i, v in enumerate(w) if v == 0] for neuron, w in weights.items()},
-            )
-        self.history.append(
-            {
-                "growth": number,
-                "epoch": int(trainer.current_epoch),
-                "step": int(trainer.fit_loop.epoch_loop._batches_that_stepped),
-                "num_splits": len(report.splits),
-                "splits": [[s.group, int(s.neuron), list(s.weights)] for s in report.splits],
-                "predicted_gain": float(report.predicted_gain),
-                "loss_before": float(report.loss_before),
-                "loss_after": float(report.loss_after),
-                "params": int(report.cost_after.params),
-                "macs": float(report.cost_after.macs),
-                "cost_before": float(report.spending.before),
-                "spent": float(report.spending.spent),
-                "widths_before": dict(report.widths_before),
-                "widths_after": dict(report.widths_after),
-            }
-        )
-        self.reports.append(report)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        number = self._chronicle.record(report, epoch=trainer.current_epoch, step=step)
         log_growth(trainer, report, self.history)
         if self.verbose:
-            epoch, step = trainer.current_epoch, trainer.global_step
-            summary = model_summary(trainer, pl_module) if report.splits else None
-            shown = f"{report}\n\n{summary}" if summary else str(report)
-            pl_module.print(f"\nGrowth {number} at epoch {epoch}, step {step}\n{shown}\n")
+            announce(trainer, pl_module, report, number)
 
     # state --------------------------------------------------------------------------------------------
 
@@ -392,17 +339,14 @@ class SplittingCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        return {
             "version": STATE_VERSION,
-            "history": self.history,
-            "trigger": self.trigger.state_dict(),
+            **self._chronicle.state_dict(),
+            "trigger": deepcopy(self.trigger.state_dict()),
+            "strategy": deepcopy(self.strategy.state_dict()),
             "monitor": self._monitor.state_dict(),
             "batches": self._supply.state_dict(),
-            "lineage": self.lineage.to_dict(),
-            "barred": self.barred,
-            "strategy": self.strategy.state_dict(),
         }
-        return deepcopy(state)  # it may be written later, by another thread
 
     @override
     def on_save_checkpoint(
@@ -423,15 +367,8 @@ class SplittingCallback(Callback):
                 f"The checkpoint's SplittingCallback state has version {version}, this release reads version "
                 f"{STATE_VERSION}; resume it with the release that wrote it."
             )
-        self.history = [dict(event) for event in state_dict["history"]]
+        self._chronicle.load_state_dict(state_dict)
         self.trigger.load_state_dict(state_dict["trigger"])
-        self.lineage = Lineage.from_dict(state_dict["lineage"])
-        self.barred = dict(state_dict["barred"])
         self.strategy.load_state_dict(state_dict["strategy"])
         self._monitor.load_state_dict(state_dict["monitor"])
         self._supply.load_state_dict(state_dict["batches"])
-
-
-def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

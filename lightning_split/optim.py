@@ -10,9 +10,7 @@ from typing import Any, Literal, TypeVar
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_split._compat import MisconfigurationException, twins
 from lightning_split.architecture import Architecture
@@ -22,16 +20,12 @@ from lightning_split.surgery import AxisMap, Replacement
 
 __all__ = [
     "TrainerRanks",
-    "averaging_done",
     "carry_all",
     "carry_state",
     "check_trained",
     "interfaces",
     "refuse_optimizers",
     "refuse_strategy",
-    "rewrap",
-    "shadow_models",
-    "share_buffers",
 ]
 
 Mode = Literal["transfer", "reset"]
@@ -41,7 +35,6 @@ T = TypeVar("T")
 _LIGHTNING_OPTIMIZER = twins("core.optimizer.LightningOptimizer")
 _DDP = twins("strategies.DDPStrategy")
 _PLAIN = (*twins("strategies.SingleDeviceStrategy"), *_DDP)
-_SWA = twins("callbacks.StochasticWeightAveraging")
 
 # How the entries of torch.optim's states go with the gradient. The gradient of a new entry is s
 # times that of the entry that it copies (s = AxisMap.scale), hence so is every average of
@@ -318,53 +311,6 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
             "back to a process where no callback runs; call lightning_split.enable_growth(self) at "
             f"the end of {type(trainer.lightning_module).__name__}.__init__, or use strategy 'ddp'."
         )
-
-
-def share_buffers(trainer: pl.Trainer) -> None:
-    """Give every process the first one's buffers now, as DDP does before its next forward pass.
-
-    Until then each process has BatchNorm statistics of its own data, while a checkpoint has those of
-    the first: measured with its own, a resumed run would grow differently.
-    """
-    model = trainer.strategy.model
-    if isinstance(model, DistributedDataParallel) and model._check_sync_bufs_pre_fwd():
-        model._sync_buffers()
-
-
-def rewrap(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Wrap a grown module for DDP anew; nothing to do on one device.
-
-    The old wrapper's reducer knows the old parameters: left in place it fails, or with
-    ``find_unused_parameters`` lets the ranks drift apart silently. The user's DDP arguments and
-    hooks stay.
-    """
-    strategy: Any = trainer.strategy
-    if strategy.model is pl_module or not isinstance(strategy, _DDP):
-        return
-    strategy.model = pl_module
-    strategy.configure_ddp()
-    # Else manual optimization with static_graph never delays the first all-reduce again, and ranks
-    # drift.
-    strategy._pl_static_graph_delay_done = False
-
-
-def shadow_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """The copies of the module that averaging callbacks (EMA, SWA) hold; they must grow with it."""
-    found = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        shadow = getattr(callback, "_average_model", None)
-        if isinstance(shadow, nn.Module):
-            found.append(shadow.module if isinstance(shadow, AveragedModel) else shadow)
-    return found
-
-
-def averaging_done(trainer: pl.Trainer) -> bool:
-    """Whether SWA has put its average in the module, for an extra epoch that only updates BatchNorm.
-
-    What grew in there would be measured without BatchNorm's statistics, and never be trained.
-    """
-    averaging = [c for c in trainer.callbacks if isinstance(c, _SWA)]  # type: ignore[attr-defined]
-    return any(trainer.current_epoch > c.swa_end for c in averaging)
 
 
 class TrainerRanks(Ranks):

@@ -15,7 +15,7 @@ from lightning_split.measuring import undisturbed
 from lightning_split.probing import quiet
 from lightning_split.report import GrowthReport
 
-__all__ = ["log_growth", "model_summary", "scalars", "widths_figure"]
+__all__ = ["announce", "log_growth", "model_summary", "scalars", "widths_figure"]
 
 _SUMMARIES = twins("callbacks.ModelSummary")
 
@@ -87,6 +87,14 @@ def model_summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | N
         return None
     with quiet(trainer, pl_module), undisturbed(pl_module, train=None):
         return str(summarize(pl_module, max_depth=depths[0]))
+
+
+def announce(trainer: pl.Trainer, pl_module: pl.LightningModule, report: GrowthReport, number: int) -> None:
+    """Print a growth and the network as it is now through the progress bar; to be called on every process."""
+    epoch, step = trainer.current_epoch, trainer.global_step
+    summary = model_summary(trainer, pl_module) if report.splits else None
+    shown = f"{report}\n\n{summary}" if summary else str(report)
+    pl_module.print(f"\nGrowth {number} at epoch {epoch}, step {step}\n{shown}\n")
 
 
 def widths_figure(history: Sequence[Mapping[str, Any]], now: int | None = None) -> Any | None:

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_split import enable_growth, split_neurons, trace
+from lightning_split.company import rewrap, shadow_models
 from lightning_split.optim import (
     TrainerRanks,
     carry_all,
@@ -21,8 +22,6 @@ from lightning_split.optim import (
     check_trained,
     refuse_optimizers,
     refuse_strategy,
-    rewrap,
-    shadow_models,
 )
 from lightning_split.surgery import AxisMap, Replacement, Split
 from torch import Tensor, nn
