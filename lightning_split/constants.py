@@ -39,7 +39,8 @@ class _Memory:
     owner: weakref.ref[Tensor]
     same: bool = False  # all elements are equal
     along: Sequence[bool] = ()  # along which dimensions of the owner elements are equal
-    drawn: bool = False  # its elements are random numbers; if they are also the same, those of dropout
+    drawn: bool = False  # random numbers have a part in it; if they are also the same, those of dropout
+    mixed: bool = False  # and so have other values
     blank: bool = False  # nothing was written into it since it was made, or always the same everywhere
     views: list[weakref.ref[Tensor]] = field(default_factory=list)
 
@@ -66,9 +67,14 @@ class Constants:
         return memory is not None and memory.same and not memory.drawn
 
     def drawn(self, tensor: Tensor) -> bool:
-        """Whether the elements are random numbers."""
+        """Whether random numbers have a part in the elements."""
         memory = self._find(tensor)
         return memory is not None and memory.drawn
+
+    def noise(self, tensor: Tensor) -> bool:
+        """Whether the elements are random numbers, or made of those alone."""
+        memory = self._find(tensor)
+        return memory is not None and memory.drawn and not memory.mixed
 
     def sharing(self, tensor: Tensor) -> list[Tensor] | None:
         """All tensors in memory that nothing was written into yet; ``None`` if there may be others."""
@@ -111,6 +117,7 @@ class Constants:
                     same=same,
                     along=along,
                     drawn=drawn,
+                    mixed=name not in DRAWN and not all(map(self._made_up, inputs)),
                     blank=name in _EMPTY or (same and not drawn),
                 )
         if len(self._memories) > 1000:
@@ -159,17 +166,28 @@ class Constants:
                 continue
             others = [o for o in inputs if o is not t]
             constant = all(map(self._same, others))
+            mixed = not all(map(self._made_up, others))
             if name == "bernoulli_":
-                same, drawn = not others, True  # dropout: each neuron has a fate of its own, by design
+                same, drawn, mixed = (
+                    not others,
+                    True,
+                    False,
+                )  # dropout: each neuron has a fate of its own, by design
             elif name in DRAWN:
-                same, drawn = False, True
+                same, drawn, mixed = False, True, False
             elif name in {"fill_", "zero_", "copy_"}:
                 same, drawn = constant, any(map(self.drawn, others))
             else:
                 same = memory.same and constant and is_pointwise(func)
                 drawn = memory.drawn or any(map(self.drawn, others))
+                mixed = memory.mixed or mixed
+            memory.mixed = mixed
             memory.same, memory.drawn, memory.along = same and _covers(t), drawn, ()
             memory.blank = memory.same and not drawn
+
+    def _made_up(self, tensor: Tensor) -> bool:
+        """Whether nothing but constants and random numbers has a part in it."""
+        return self._same(tensor) or self.noise(tensor)
 
     def _same(self, tensor: Tensor) -> bool:
         memory = self._find(tensor)

@@ -75,7 +75,7 @@ class Operation:
         doubt = drawn and not any(vary) and not all(flat)
         if not doubt and not any(v and n > 1 and not f for v, n, f in sizes):
             return False
-        if drawn:
+        if self.mode.constants.noise(tensor):
             self.refuse(NOISE)
         else:
             what = "a raw parameter" if isinstance(tensor, torch.nn.Parameter) else "values"

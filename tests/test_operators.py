@@ -428,6 +428,28 @@ def test_noise_of_a_single_neuron_in_training_is_refused() -> None:
     assert NOISE in {u.name: u.reason for u in arch.unsplittable}["hidden"]
 
 
+@pytest.mark.parametrize("drop", [lambda h: h * torch.rand(len(h), 1).round(), lambda h: F.dropout(h, 0.5)])
+def test_a_residual_stream_with_dropped_blocks_is_no_noise(drop: Any) -> None:
+    """Random numbers have a part in the normalised stream; what stands in the way is what it is made of."""
+    model, x = on_vectors(lambda h: h)
+    model.middle = _DroppedStream(model.hidden.out_features, drop)
+    refused = {u.name: u.reason for u in trace(model.train(), x).unsplittable}
+    assert "layer normalisation" in refused["hidden"]
+    assert "values that extend along the neurons but belong to none" in refused["middle.two"]
+
+
+class _DroppedStream(nn.Module):
+    def __init__(self, width: int, drop: Any) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(width, width), nn.Linear(width, width)
+        self.drop = drop
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = F.layer_norm(h, h.shape[1:])
+        h = h + self.drop(self.one(h))
+        return h + self.drop(self.two(h))
+
+
 class _TrainingNoise(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return h + torch.randn(h.shape) if self.training else h
