@@ -27,7 +27,7 @@ from lightning_split.layers import Port, port_kind
 from lightning_split.lean import LeanDerivatives, transformed, without_autocast
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import gradients_only_for, undisturbed
-from lightning_split.segments import Layout, Part, Plan, Segment, parts
+from lightning_split.segments import Layout, Part, Plan, Segment, in_words, parts
 from lightning_split.surrogates import SmoothDerivatives
 
 __all__ = ["LossFn", "SplittingOperator"]
@@ -275,9 +275,12 @@ class SplittingOperator:
             wanted = [i for i in range(count) if taps[i].requires_grad]
             if not wanted:
                 return None
-            grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-                loss, [taps[i] for i in wanted], allow_unused=True
-            )
+            try:
+                grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+                    loss, [taps[i] for i in wanted], allow_unused=True
+                )
+            except RuntimeError as error:
+                raise in_words(error) from error
         found = {i: g.detach() for i, g in zip(wanted, grads, strict=True) if g is not None}
         if not found:
             return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_split.architecture import ChannelGroup, ThetaBlock
 from lightning_split.krylov import pieces
 
-__all__ = ["Layout", "Part", "Segment", "no_second_derivative", "parts"]
+__all__ = ["Layout", "Part", "Segment", "in_words", "parts"]
 
 Key = tuple[str, str]  # path of a layer, name of its parameter
 Vectors = dict[str, Tensor]  # group name -> (N, D)
@@ -43,9 +43,12 @@ class Segment:
         if not self._reads:
             return
         theta = list(self.theta.values())
-        first = _gradients(
-            [x for x, _ in self._reads], theta, [c.to(x.dtype) for x, c in self._reads], create_graph=True
-        )
+        try:
+            first = _gradients(
+                [x for x, _ in self._reads], theta, [c.to(x.dtype) for x, c in self._reads], create_graph=True
+            )
+        except RuntimeError as error:
+            raise in_words(error) from error
         # A gradient without history is constant in θ: those weights have no second derivative.
         self._first = {
             k: _Graph.apply(g, self._along, k)
@@ -73,7 +76,7 @@ class Segment:
                 create_graph=False,
             )
         except RuntimeError as error:
-            raise no_second_derivative(error) from error
+            raise in_words(error) from error
         finally:
             self._along.clear()
         return {k: p for k, p in zip(asked, found, strict=True) if p is not None}
@@ -332,9 +335,15 @@ def _gradients(
     return found
 
 
-def no_second_derivative(error: RuntimeError) -> Exception:
-    """The error of a product in words, if an operator cannot be differentiated twice."""
+def in_words(error: RuntimeError) -> Exception:
+    """The error of a backward pass in words, if an operator cannot be differentiated once or twice."""
     what = str(error).strip().partition("\n")[0]
+    if "modified by an inplace operation" in what:
+        return ValueError(
+            "The network writes in place to values that its gradient needs, so torch cannot differentiate "
+            "the loss in the mode of the estimation; pass a loss_fn that calls the network without that "
+            "(models of Hugging Face: use_cache=False)."
+        )
     if not re.search(r"derivative for .* is not implemented|twice|double.backward", what, re.IGNORECASE):
         return error
     return ValueError(

@@ -9,9 +9,17 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_split import LayerRule, register_layer_rule, split_neurons, trace
+from lightning_split import (
+    LayerRule,
+    NewNeurons,
+    SteepestSplitting,
+    register_layer_rule,
+    split_neurons,
+    trace,
+)
+from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
-from lightning_split.segments import no_second_derivative
+from lightning_split.segments import in_words
 from lightning_split.surgery import Split
 from lightning_split.surrogates import SmoothDerivatives
 from torch import Tensor, nn
@@ -322,6 +330,31 @@ def test_errors_are_sentences() -> None:
             product(loss, batches, v)
 
 
+def test_values_overwritten_before_they_are_differentiated_are_refused_in_words() -> None:
+    """A cache that a pass writes to twice (Hugging Face's RWKV in eval mode): torch itself fails."""
+
+    class Cached(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros(2, 16, 2)
+            state[0] = super().forward(x)
+            y = torch.sin(state[0])
+            state[1] = y.detach()
+            return y
+
+    model, x, loss = (
+        Cached(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)),
+        torch.randn(16, 3),
+        loss_of(torch.zeros(16, 2)),
+    )
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss(model, x).backward()
+    context = GrowthContext(model, trace(model, x), loss, [x])
+    assert context.arch.widths == {"0": 5}
+    for grower in (SteepestSplitting(), NewNeurons()):
+        with pytest.raises(ValueError, match="writes in place to values that its gradient needs"):
+            grower.propose(context, step_size=0.1)
+
+
 class _Attending(nn.Module):
     """Fused attention between layers that are split."""
 
@@ -356,8 +389,8 @@ def test_an_operator_without_second_derivative_is_named() -> None:
     (first,) = torch.autograd.grad(mixed.square().sum(), h, create_graph=True)
     with pytest.raises(RuntimeError) as raised:
         torch.autograd.grad(first.sum(), h)
-    error = no_second_derivative(raised.value)
+    error = in_words(raised.value)
     assert isinstance(error, ValueError)
     assert re.search(r"flash_attention.*exclude", str(error))
     other = RuntimeError("out of memory")
-    assert no_second_derivative(other) is other
+    assert in_words(other) is other

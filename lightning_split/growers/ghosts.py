@@ -22,7 +22,7 @@ from lightning_split.curvature import check_loss
 from lightning_split.layers import LayerRule, Port, port_kind, rule_for
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import undisturbed
-from lightning_split.segments import no_second_derivative
+from lightning_split.segments import in_words
 from lightning_split.splits import Part, Split, blocks_of, weights_of
 from lightning_split.surgery import Surgery
 from lightning_split.surrogates import SmoothDerivatives
@@ -96,7 +96,10 @@ class Ghosts:
             with self._running():
                 loss = self._context.loss_fn(self._context.model, batch)
                 check_loss(loss, number)
-                gradients = _gradients(loss, tensors)
+                try:
+                    gradients = _gradients(loss, tensors)
+                except RuntimeError as error:
+                    raise in_words(error) from error
             yield self._surgery.places.gather("outgoing", 1, gradients)
 
     def mixed(self, batches: Sequence[Any], part: Part, vectors: Vectors, *, smooth: bool = True) -> Vectors:
@@ -125,7 +128,7 @@ class Ghosts:
                 try:
                     second = _gradients(inner, far)
                 except RuntimeError as error:
-                    raise no_second_derivative(error) from error
+                    raise in_words(error) from error
             products.append(self._surgery.places.gather(other, 1, second))
         return averaged(self._context, products)
 
