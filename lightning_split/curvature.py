@@ -233,7 +233,8 @@ class SplittingOperator:
         layout = self._layout
 
         def multiply(segment: Segment) -> None:
-            layout.collect(segment.product(layout.spread(vectors, segment.theta)), answer)
+            directions, totals = layout.spread(vectors, segment.theta), layout.matrices(answer, segment.theta)
+            layout.collect(segment.product(directions, totals), answer)
 
         return multiply
 

@@ -24,6 +24,7 @@ from lightning_split.krylov import (
     in_pieces,
     nonzero,
     norm,
+    pieces,
     random_vectors,
     unit,
 )
@@ -67,7 +68,8 @@ class EigenSolver(ABC):
 
         Args:
             matvec: Maps ``{group: (N, D)}`` to ``{group: (N, D)}``, row ``n`` to ``S_n @ v_n``.
-                Every call holds all groups; a group that needs no further product is passed zeros.
+                Every call holds all groups; a group that needs no further product is passed zeros. The
+                results are the solver's, which writes to them.
             shapes: ``(N, D)`` of every group.
             dtype: ``torch.float32`` or ``torch.float64``, of the vectors given to ``matvec``.
             device: Where the vectors given to ``matvec`` live.
@@ -369,6 +371,9 @@ def _product(matvec: Matvec, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"matvec returned no product for group '{name}'; return every group.")
         product = products[name].detach().to(device=vector.device, dtype=vector.dtype)
         _check_product(name, product, tuple(vector.shape))
+        if product.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr():
+            product = product.clone()
+        product = product.contiguous()
         checked[name] = product
     return checked
 
@@ -376,7 +381,11 @@ def _product(matvec: Matvec, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_product(name: str, product: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(product.shape) != shape:
         raise ValueError(f"The product of group '{name}' has shape {tuple(product.shape)}, expected {shape}.")
-    finite = product.isfinite().flatten(1).all(1)
+    some = (
+        product[rows].isfinite().flatten(1).all(1)
+        for rows in pieces((len(product), product[0].numel()), product.device)
+    )
+    finite = torch.cat(list(some))
     if not bool(finite.all()):
         raise ValueError(
             f"The product with the splitting matrices of group '{name}' is not finite for "

@@ -29,7 +29,9 @@ __all__ = [
 Device = torch.device | str
 Extremes = tuple[Tensor, Tensor, Tensor]  # values (N, 2), vectors (N, 2, D), residuals (N, 2)
 
-_PIECE = 2**18  # numbers that are worked on at a time: the rest of the memory is that of the basis
+# Numbers that are worked on at a time. The rest of the memory is that of the basis.
+_PIECE = 2**17  # what the caches of a CPU hold
+_GPU_PIECE = 2**22  # enough to keep a GPU busy
 
 
 class KrylovSpace:
@@ -77,31 +79,30 @@ class KrylovSpace:
         return self.basis[-1]
 
     def extend(self, product: Tensor) -> None:
-        """One step of the recurrence, given the product with the last basis vectors."""
+        """One step of the recurrence, given the product with the last basis vectors, which is used up."""
         if self.steps == self.num_steps:
             return
         self.steps += 1
         column = product.new_zeros(self.shape[0], self.basis_size)
         kept, dropped = (product.new_zeros(self.shape[0]) for _ in range(2))  # of the remainder's norm
         more = self.steps < self.num_steps
-        following = torch.empty_like(self.basis[0]) if more else None
-        for rows in pieces(self.shape):
+        for rows in pieces(self.shape, product.device):
             remainder = product[rows]
             self.scale[rows] = torch.maximum(self.scale[rows], norm(remainder))
             for _ in range(2):  # twice is enough (Kahan, Parlett)
                 remainder = self._orthogonalise(remainder, rows, column)
             dropped[rows] = norm(remainder)
-            if following is not None:
-                following[rows], kept[rows] = self._next(remainder, dropped[rows], rows)
+            if more:
+                product[rows], kept[rows] = self._next(remainder, dropped[rows], rows)
         self.columns.append(column)
         self.dropped.append(dropped - kept)
-        if following is None:
+        if not more:
             return
         if len(self.columns) == self.basis_size:
-            self._restart(following, kept)
+            self._restart(product, kept)
         else:
             column[:, len(self.columns)] = kept
-            self.basis.append(following)
+            self.basis.append(product)
 
     def extremes(self) -> Extremes:
         """Extreme Ritz pairs of the space, with residuals from the projection; the space is used up."""
@@ -162,7 +163,7 @@ class KrylovSpace:
         if len(basis) == 1:
             basis = [basis[0], basis[0].clone()]  # one product: both ends are the same
         y = y.to(basis[0])
-        for rows in pieces(self.shape):
+        for rows in pieces(self.shape, y.device):
             vectors = basis[0].new_zeros(len(y[rows]), 2, self.shape[1])
             for j, q in enumerate(basis[: y.shape[1]]):
                 vectors.addcmul_(y[rows, j].unsqueeze(-1), q[rows].unsqueeze(1))
@@ -244,15 +245,16 @@ def nonzero(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def pieces(shape: tuple[int, int]) -> Iterator[slice]:
-    """Rows of an ``(N, D)`` tensor in pieces of bounded size, in order; they depend on the shape alone."""
-    step = max(1, _PIECE // max(1, shape[1]))
+def pieces(shape: tuple[int, int], device: Device = "cpu") -> Iterator[slice]:
+    """Rows of an ``(N, D)`` tensor in pieces of a size that suits the device, in order."""
+    size = _PIECE if torch.device(device).type == "cpu" else _GPU_PIECE
+    step = max(1, size // max(1, shape[1]))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 def in_pieces(function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
     """Replace the vectors, row by row, by a function of theirs; in place."""
-    for rows in pieces((vectors.shape[0], vectors[0].numel())):
+    for rows in pieces((vectors.shape[0], vectors[0].numel()), vectors.device):
         vectors[rows] = function(vectors[rows])
     return vectors
 
@@ -278,11 +280,13 @@ def random_vectors(
         dtype: Of the result.
         device: Of the result.
         uniform: Whether to draw uniform numbers.
-        rows: One of the :func:`pieces`; default all.
+        rows: Only these; default all.
     """
-    result = torch.empty(shape, dtype=dtype, device=device)
-    for piece in pieces(shape):
-        if rows is not None and piece != rows:
+    first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
+    result = torch.empty((last - first, shape[1]), dtype=dtype, device=device)
+    for piece in pieces(shape):  # of the CPU, whatever the device
+        low, high = max(first, piece.start), min(last, piece.stop)
+        if low >= high:
             continue
         key = f"{seed}/{stream}/{name}" + (f"/{piece.start}" if piece.start else "")
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -292,7 +296,6 @@ def random_vectors(
             numbers.uniform_(-1.0, 1.0, generator=generator)
         else:
             numbers.normal_(generator=generator)
-        if rows is not None:
-            return numbers.to(device=device, dtype=dtype)
-        result[piece] = numbers.to(device=device, dtype=dtype)
+        some = numbers[low - piece.start : high - piece.start]
+        result[low - first : high - first] = some.to(device=device, dtype=dtype)
     return result

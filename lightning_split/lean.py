@@ -8,7 +8,7 @@ takes two dozen passes over the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LeanDerivatives", "transformed", "without_autocast"]
+__all__ = ["LeanDerivatives", "adding", "transformed", "without_autocast"]
 
 
 class _Weighting(torch.autograd.Function):
@@ -34,9 +34,12 @@ class _Weighting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
+        kind = ctx.kind
+        if not torch.is_grad_enabled() and kind.add(grad, x):
+            return grad.new_zeros(1).expand(ctx.shape), None, None
         # Where this gradient is going to be differentiated, it needs a graph, and of a parameter no value.
-        valued = ctx.kind.valued or not torch.is_grad_enabled()
-        return _WeightGradient.apply(grad, x, ctx.kind, ctx.shape, valued), None, None
+        valued = kind.valued or not torch.is_grad_enabled()
+        return _WeightGradient.apply(grad, x, kind, ctx.shape, valued), None, None
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -61,6 +64,40 @@ class _Kind:
     multiply: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor, torch.Size], Tensor]
     valued: bool  # whether more than second derivatives depends on the value of that gradient
+    matrix: int = 0  # identifies a weight that is a matrix and a parameter
+
+    def add(self, grad: Tensor, x: Tensor) -> bool:
+        """Add the gradient to where it is wanted, without forming it first; ``False`` if that cannot be."""
+        total = _TOTALS.get(self.matrix)
+        if total is None or total.dtype != grad.dtype:
+            return False
+        total.addmm_(grad.reshape(-1, total.shape[0]).T, x.reshape(-1, total.shape[1]))
+        _ADDED.add(self.matrix)
+        return True
+
+
+_TOTALS: dict[int, Tensor] = {}  # by the weight; autograd gives its functions no other way to reach it
+_ADDED: set[int] = set()
+
+
+@contextmanager
+def adding(totals: Mapping[nn.Parameter, Tensor]) -> Iterator[Callable[[nn.Parameter, Tensor], bool]]:
+    """Inside, gradients in weights of linear layers are added to these matrices as they are formed.
+
+    Yields:
+        Tells of a weight and the gradient that was returned for it whether nothing is left to add.
+    """
+    outer = dict(_TOTALS), set(_ADDED)
+    _TOTALS.update((id(p), total) for p, total in totals.items())
+    _ADDED.difference_update(map(id, totals))
+    try:
+        # Anything beside what was added would not be one number repeated.
+        yield lambda p, gradient: id(p) in _ADDED and not any(gradient.stride())
+    finally:
+        _TOTALS.clear()
+        _TOTALS.update(outer[0])
+        _ADDED.clear()
+        _ADDED.update(outer[1])
 
 
 def _reads_constant(input: Tensor, weight: Tensor) -> bool:
@@ -110,7 +147,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     def gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
         return grad.reshape(-1, shape[0]).T @ x.reshape(-1, shape[1])
 
-    found: Tensor = _Weighting.apply(weight, input, _Kind(F.linear, gradient, False))
+    found: Tensor = _Weighting.apply(weight, input, _Kind(F.linear, gradient, False, id(weight)))
     return found if bias is None else found + bias
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_split.architecture import ChannelGroup, ThetaBlock
 from lightning_split.krylov import pieces
+from lightning_split.lean import adding
 
 __all__ = ["Layout", "Part", "Segment", "in_words", "parts"]
 
@@ -57,8 +58,14 @@ class Segment:
         }
         self._reads = []
 
-    def product(self, directions: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    def product(
+        self, directions: Mapping[Key, Tensor], totals: Mapping[Key, Tensor] | None = None
+    ) -> dict[Key, Tensor]:
         """The second derivative of φ along a direction; entries that vanish are left out.
+
+        Args:
+            directions: Of some of the weights.
+            totals: Matrices that the products may be added to at once; they are left out then.
 
         Raises:
             ValueError: If an operator has no second derivative.
@@ -68,18 +75,21 @@ class Segment:
         if not keys:
             return {}
         self._along.update((k, directions[k]) for k in keys)
+        wanted = {self.theta[k]: total for k, total in (totals or {}).items() if k in asked}
         try:
-            found = _gradients(
-                [self._first[k] for k in keys],
-                [self.theta[k] for k in asked],
-                [torch.ones_like(self._first[k]) for k in keys],
-                create_graph=False,
-            )
+            with adding(wanted) as added:
+                found = _gradients(
+                    [self._first[k] for k in keys],
+                    [self.theta[k] for k in asked],
+                    [torch.ones_like(self._first[k]) for k in keys],
+                    create_graph=False,
+                )
+                pairs = [(k, p) for k, p in zip(asked, found, strict=True) if p is not None]
+                return {k: p for k, p in pairs if not added(self.theta[k], p)}
         except RuntimeError as error:
             raise in_words(error) from error
         finally:
             self._along.clear()
-        return {k: p for k, p in zip(asked, found, strict=True) if p is not None}
 
 
 class _Graph(torch.autograd.Function):
@@ -300,6 +310,16 @@ class Layout:
                     source = source if rows is None else source[rows]
                     into[name][:, columns] += source.reshape(len(block.rows), -1).to(into[name].dtype)
 
+    def matrices(self, into: Vectors, theta: Mapping[Key, nn.Parameter]) -> dict[Key, Tensor]:
+        """Where in the groups' vectors the products of whole matrices lie as they are."""
+        found = {}
+        for key, parameter in theta.items():
+            name, columns, block, rows = self._blocks[key][0]
+            whole = rows is None and len(self._blocks[key]) == 1
+            if whole and parameter.ndim == 2 and block.axis == 0 and name in into:
+                found[key] = into[name][:, columns]
+        return found
+
     def forms(self, products: Mapping[Key, Tensor], vectors: Vectors, into: Vectors) -> None:
         """Add what products have along the vectors, neuron by neuron, to ``(N,)`` of each group."""
         for key, product in products.items():
@@ -310,7 +330,7 @@ class Layout:
                 source = source if rows is None else source[rows]
                 source = source.reshape(len(block.rows), -1)
                 v = vectors[name][:, columns]
-                for some in pieces((source.shape[0], source.shape[1])):
+                for some in pieces((source.shape[0], source.shape[1]), source.device):
                     into[name][some] += (source[some].to(v.dtype) * v[some]).sum(-1)
 
 

@@ -160,6 +160,8 @@ def test_neurons_are_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("lightning_split.krylov._PIECE", numbers)
         assert [s.stop - s.start for s in pieces((5, 12))] == {1: [1] * 5, 25: [2, 2, 1], 60: [5]}[numbers]
         start = random_vectors((12, 12), 0, "g", 0, dtype=torch.float64, device="cpu")
+        some = random_vectors((12, 12), 0, "g", 0, dtype=torch.float64, device="cpu", rows=slice(3, 8))
+        assert torch.equal(some, start[3:8])
         assert float((unit(start) @ unit(start).mT).fill_diagonal_(0).abs().max()) < 0.95
         pairs, _ = krylov(Matrices({"g": dense}), 12, 12, 0)
         check_pairs(pairs, dense, rtol=1e-11)

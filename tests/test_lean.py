@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_split.lean import LeanDerivatives
+from lightning_split.lean import LeanDerivatives, adding
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +91,29 @@ def test_a_product_convolves_twice_and_does_not_transpose() -> None:
         assert count("transposed convolution") == (0 if lean else 1)
         assert any("batch_norm" in n for n in names.seen) != lean
     assert counts == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_gradients_in_matrices_are_added_as_they_are_formed(plain: bool) -> None:
+    """Once or twice; what comes by another way is returned beside it, and nothing is counted twice."""
+    layer = nn.Linear(3, 4).double()
+    x, v = torch.randn(2, 5, 3), torch.randn(4, 3)
+
+    def second(total: Tensor | None) -> Tensor:
+        with LeanDerivatives():
+            y = layer(x).sin()
+            y = y + layer(2 * x[:, :1]).cos() + (x @ layer.weight.T).sigmoid() if plain else y
+            (first,) = torch.autograd.grad(y.square().sum(), layer.weight, create_graph=True)
+        with adding({} if total is None else {layer.weight: total}) as added:
+            (found,) = torch.autograd.grad(first, layer.weight, v)
+            assert added(layer.weight, found) == (total is not None and not plain)
+        return found
+
+    total = torch.ones(4, 5)[:, :3]
+    found = second(total)
+    torch.testing.assert_close(total + found - 1, second(None))
+    assert float((total - 1).abs().max()) > 0.1
+    assert (float(found.abs().max()) > 0) == plain
 
 
 def test_what_is_not_a_constant_is_left_to_torch() -> None:
