@@ -6,12 +6,13 @@ import gc
 import logging
 import weakref
 from collections import deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import CellType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -19,12 +20,66 @@ from torch.utils._pytree import tree_map_only
 __all__ = ["Outline", "collector_paused", "quiet", "shape_only"]
 
 
+_NOTHING: Mapping[str, Any] = {}
+
+
 class _OutlineMode(FakeTensorMode):
-    """Asks once whether there is a GPU; torch asks for every operator, and looks for the driver each time."""
+    """Asks once whether there is a GPU; torch asks for every operator, and looks for the driver each time.
+
+    Some operators have their shapes told here: with the weights of layers, which have values, torch takes a
+    millisecond for each call.
+    """
 
     @cached_property
     def avoid_device_init(self) -> bool:
         return super().avoid_device_init
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NOTHING
+    ) -> Any:
+        shape = _SHAPES.get(func)
+        if shape is not None and _alike(args):
+            out = shape(*args, **(kwargs or {}))
+            if out is not None:
+                return out
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def _alike(args: Sequence[Any]) -> bool:
+    """Whether all tensors are of one kind, as ordinary layers have them; others may be an error."""
+    first, *rest = [t for t in args if isinstance(t, Tensor)]
+    return first.dtype in (torch.float32, torch.float64) and all(
+        t.dtype == first.dtype and t.device == first.device for t in rest
+    )
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor | None:
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
+    return _like((bias, a, b), (a.shape[0], b.shape[1])) if fits else None
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...] | None:
+    shape = tuple(shape)
+    if x.shape[x.ndim - len(shape) :] != shape or any(
+        t is not None and t.shape != shape for t in (weight, bias)
+    ):
+        return None
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    statistics = (*x.shape[: x.ndim - len(shape)], *[1] * len(shape))
+    return _like(tensors, x.shape), _like(tensors, statistics), _like(tensors, statistics)
+
+
+def _like(tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """An outline of this shape, made by one of the tensors that is one."""
+    return next(t for t in tensors if shape_only(t)).new_empty(tuple(shape))
+
+
+_SHAPES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.native_layer_norm.default: _layer_norm,
+}
 
 
 class Outline:

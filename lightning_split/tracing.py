@@ -40,8 +40,9 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     Raises:
         ValueError: If the model has lazy layers that were not yet initialised.
 
-    Cost: two forward passes over at most two samples (four where a network is so small that all of its
-    neurons are tried), and the time that Python takes for a few more.
+    Cost: two forward passes over at most two samples (over one, if the network is large; four where it is so
+    small that all of its neurons are tried), and the time that Python takes for a few more. Networks whose
+    weights take most of the memory are tried portion by portion, with a pass for each.
     """
     return _trace(
         model,

@@ -1,0 +1,51 @@
+"""Which neurons are tried together."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning_split import trace, trials
+from torch import Tensor, nn
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 20), nn.ReLU()),
+        *(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 2)),
+    )
+
+
+def test_portions_bound_the_copied_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group is tried once; the weights that one portion copies are a share of all, or one group's."""
+    model = _mlp()
+    arch = trace(model, torch.randn(3, 4))
+    assert trials.portions(model, arch, 1.0) == [arch.groups]  # small enough for one pass
+    monkeypatch.setattr(trials, "_LARGE_WEIGHTS", 1)
+    assert trials.portions(model, arch, math.inf) == [arch.groups]  # passes are dear
+    portions = trials.portions(model, arch, 1.0)
+    # The first two groups share the large matrix, and with it would copy 0.99 of all weights.
+    assert [[g.name for g in p] for p in portions] == [["0"], ["2", "4"]]
+
+
+class Mean(nn.Module):
+    """The mean over the inputs of a layer that takes a sum."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.sum = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum(x / x.shape[-1])
+
+
+@pytest.mark.parametrize("place", [2, 4, 6])
+def test_each_portion_is_tried(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that only values show is found whichever portion it is in."""
+    monkeypatch.setattr(trials, "_LARGE_WEIGHTS", 1)
+    model = _mlp()
+    model[place] = Mean(model[place].in_features, model[place].out_features)
+    arch = trace(model, torch.randn(3, 4))
+    assert {u.width for u in arch.unsplittable if "same values" in u.reason} == {model[place].sum.in_features}
+    assert len(arch.groups) == 2
