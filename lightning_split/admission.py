@@ -103,5 +103,6 @@ def first_look(
     except ValueError as error:
         if not (isinstance(error, NothingToSplitError) and error.frozen):
             raise MisconfigurationException(str(error)) from None
-        return {}, between, arch.note
+        later = f"{error} It is looked at again whenever a growth is due."
+        return {}, between, f"{arch.note} {later}".strip()
     return groups.widths, between, arch.note

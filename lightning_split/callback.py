@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ from lightning_split.company import averaging_done, follow, shadow_models, share
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.growth import NothingToSplitError, grow
 from lightning_split.lineage import Lineage
+from lightning_split.measuring import OnCopies
 from lightning_split.monitoring import Monitor
 from lightning_split.optim import TrainerRanks, refuse_optimizers
 from lightning_split.probing import quiet, step_loss
@@ -247,8 +249,8 @@ class SplittingCallback(Callback):
         try:
             report = self._grow(trainer, pl_module, *batches)
         except NothingToSplitError as error:
-            if not error.frozen:
-                raise
+            if not error.frozen:  # it was otherwise on the first batch
+                rank_zero_warn(f"Nothing grows at epoch {epoch}, step {step}: {error}")
             self.trigger.fired(epoch=epoch, step=step)  # look again when the trigger says so again
             return
         self.trigger.fired(epoch=epoch, step=step)
@@ -290,7 +292,7 @@ class SplittingCallback(Callback):
         return self.seed + len(self.history)
 
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
-        return self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module)
+        return OnCopies(self.loss_fn if self.loss_fn is not None else step_loss(trainer, pl_module))
 
     def _grow(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from types import FunctionType, ModuleType
@@ -238,6 +238,56 @@ def _refill(container: Any, content: Any) -> None:
 
 def _flat(container: Any) -> list[Any]:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+
+
+class OnCopies:
+    """A ``loss_fn`` that each time gets a batch of its own: it may take it apart or write to it.
+
+    ``batch.pop("labels")`` or ``images.div_(255)`` are fine in a training loop, where a batch is used once.
+    """
+
+    def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
+        # not twice
+        self._loss_fn: Callable[[nn.Module, Any], Tensor] = (
+            loss_fn.loss_fn if isinstance(loss_fn, OnCopies) else loss_fn
+        )
+
+    @property
+    def loss_fn(self) -> Callable[[nn.Module, Any], Tensor]:
+        """The function itself."""
+        return self._loss_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss on a copy of the batch."""
+        return self._loss_fn(model, copied(batch))
+
+
+def copied(value: Any, depth: int = 8) -> Any:
+    """The same containers and objects anew, with detached clones of their tensors.
+
+    What cannot be copied stays as it is; what has a method ``clone`` is asked for one.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if value is None or depth == 0 or isinstance(value, (*_ATOMS, nn.Module)):
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [copied(part, depth - 1) for part in value]
+        if type(value) in (list, tuple):
+            return type(value)(parts)
+        return value._make(parts) if hasattr(value, "_make") else copy(value)
+    try:
+        if callable(getattr(value, "clone", None)):
+            return value.clone()
+        new = copy(value)
+    except Exception:
+        return value
+    if isinstance(new, MutableMapping):
+        for key in list(new):
+            new[key] = copied(new[key], depth - 1)
+    elif hasattr(new, "__dict__"):  # frozen dataclasses, too
+        vars(new).update({name: copied(part, depth - 1) for name, part in vars(new).items()})
+    return new
 
 
 def fixed_statistics(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,13 +22,12 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_split._compat import MisconfigurationException, is_module, is_trainer, overrides
-from lightning_split.measuring import isolated_rng, undisturbed
+from lightning_split.measuring import copied, isolated_rng, undisturbed
 
 __all__ = [
     "BatchBuffer",
@@ -282,14 +281,6 @@ def _replayed(loader: DataLoader[Any], which: slice, limit: int, seed: int) -> l
     return batches
 
 
-@runtime_checkable
-class _Clones(Protocol):
-    """Tensors, and what calls itself a batch of them."""
-
-    def clone(self) -> Any:
-        """A copy."""
-
-
 class BatchBuffer:
     """The last few training batches, for loaders that cannot be replayed.
 
@@ -301,16 +292,12 @@ class BatchBuffer:
         self._batches: deque[Any] = deque(maxlen=max(1, size))
 
     def add(self, batch: Any) -> None:
-        """Keep a copy of a batch: any nesting of containers, its tensors detached and cloned."""
-        self._batches.append(apply_to_collection(batch, _Clones, _copied))
+        """Keep a copy of a batch: any nesting of containers and objects, its tensors detached and cloned."""
+        self._batches.append(copied(batch))
 
     def batches(self) -> list[Any]:
         """What is kept, oldest first."""
         return list(self._batches)
-
-
-def _copied(value: _Clones) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value.clone()
 
 
 def to_device(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:

@@ -386,17 +386,44 @@ def test_a_second_fit_goes_on_growing(tmp_path: Path) -> None:
     assert [e["epoch"] for e in callback.history] == [1, 2, 3]
 
 
-def test_a_frozen_network_waits_until_it_is_thawed(tmp_path: Path) -> None:
+def test_a_frozen_network_waits_until_it_is_thawed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """If all neurons are frozen nothing is refused, because a finetuning callback may thaw them later."""
 
     class Thaw(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             module.net[:6].requires_grad_(trainer.current_epoch >= 2)
 
-    callback = two_splits()
+    callback = two_splits(verbose=True)
     module = _fit(tmp_path, Thaw(), callback, max_epochs=4)
     assert [e["epoch"] for e in callback.history] == [2, 3]
     assert sum(widths(module)) > 11
+    told = capsys.readouterr().out
+    assert told.count("looked at again whenever a growth is due") == 1
+    assert "is frozen" in told
+
+
+def test_a_run_goes_on_where_nothing_can_be_split_any_more(tmp_path: Path) -> None:
+    """A hidden state that a module keeps from batch to batch has a width, which the first has not."""
+
+    class Keeping(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.GRU(36, 4, batch_first=True)
+            self.head, self.hidden = nn.Linear(4, 3), None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            outputs, state = self.net(batch[0].flatten(1)[:, None], self.hidden)
+            self.hidden = state.detach()
+            return nn.functional.cross_entropy(self.head(outputs[:, -1]), batch[1])
+
+    callback, module = two_splits(), Keeping()
+    t = trainer(tmp_path, callback, max_epochs=2)
+    with pytest.warns(UserWarning, match="Nothing grows at epoch 1, step 3: No neuron.*'net'"):
+        t.fit(module, loader())
+    assert t.global_step == 6
+    assert (module.net.hidden_size, callback.history) == (4, [])
 
 
 def test_what_failed_the_check_once_is_left_alone_for_good(

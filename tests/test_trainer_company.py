@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,42 @@ class PairedBatches(Classifier):
         return sum(F.cross_entropy(self.net(x), y) for x, y in filter(None, batch.values()))
 
 
+class Popping(Classifier):
+    """Takes its batch apart, as Hugging Face examples do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        label = batch.pop("label")
+        return F.cross_entropy(self.net(batch.pop("image")), label)
+
+
+class Writing(Classifier):
+    """Prepares its batch in place, a part of which is in an object."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch["image"].mul_(2.0).add_(1.0)
+        assert batch["extra"].mask.sum() == 0  # as long as it is new
+        batch["extra"].mask.add_(1.0)
+        return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+
+@dataclasses.dataclass
+class Extra:
+    """A part of a batch."""
+
+    mask: Tensor
+
+
+def _with_extra(batch: Any) -> dict[str, Any]:
+    return {**_dicts(batch), "extra": Extra(torch.zeros(len(batch)))}
+
+
+class Once(DataLoader[Any]):
+    """Cannot be replayed, so that the last batches are kept."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
 class ChannelsLast(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -303,6 +340,9 @@ def _combined(mode: Any) -> CombinedLoader:
         (NoIndex, loader),
         (DictReturn, loader),
         (DictBatches, lambda: loader(collate_fn=_dicts)),
+        (Popping, lambda: loader(collate_fn=_dicts)),
+        (Writing, lambda: loader(collate_fn=_with_extra)),
+        (Writing, lambda: Once(images(), 16, collate_fn=_with_extra)),
         (PairedBatches, lambda: {"a": loader(), "b": loader(32)}),
         (PairedBatches, lambda: _combined("min_size")),
         (PairedBatches, lambda: _combined("max_size_cycle")),
