@@ -17,7 +17,7 @@ from lightning_split.counting import network_cost
 from lightning_split.curvature import LossFn, check_loss
 from lightning_split.deciding import Chooser, as_split, network_prices
 from lightning_split.growers import Grower, SteepestSplitting
-from lightning_split.measuring import OnCopies, undisturbed
+from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
 from lightning_split.rehearsal import checked_readings, culprit, first_break
 from lightning_split.report import GrowthReport
@@ -106,7 +106,7 @@ def grow(
     grower = grower or SteepestSplitting()
     strategy = strategy or TopK(fraction=0.3)
     ranks = ranks or Ranks()
-    batches, loss_fn = list(batches), OnCopies(loss_fn)
+    batches = list(batches)
     fresh = None if confirm_batches is None else FreshBatches(confirm_batches, ranks)
     check = batches if fresh is None else fresh.first(_CHECKED)
     step = as_step_size(step_size)

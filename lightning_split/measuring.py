@@ -247,15 +247,7 @@ class OnCopies:
     """
 
     def __init__(self, loss_fn: Callable[[nn.Module, Any], Tensor]) -> None:
-        # not twice
-        self._loss_fn: Callable[[nn.Module, Any], Tensor] = (
-            loss_fn.loss_fn if isinstance(loss_fn, OnCopies) else loss_fn
-        )
-
-    @property
-    def loss_fn(self) -> Callable[[nn.Module, Any], Tensor]:
-        """The function itself."""
-        return self._loss_fn
+        self._loss_fn = loss_fn
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss on a copy of the batch."""
