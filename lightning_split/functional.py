@@ -7,6 +7,7 @@ shows in the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,8 +29,7 @@ class Reading(NamedTuple):
 
     owner: Owner
     x: Tensor
-    axis: int  # of x, along which neurons are read
-    read: int  # the matrix's axis along which it reads neurons
+    reads: tuple[tuple[int, int], ...]  # an axis of x that is summed, and the matrix's: neurons lie on one
     make: int | None  # and makes some; None for a vector
     out: int  # axis of the result along which neurons are made
     fan: int  # number of the matrix's entries that go into one element of the result
@@ -102,9 +102,8 @@ def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = N
     if found is None or weight.ndim != 2 or mode.whose(input) is not None:
         return None
     owner, turned = found
-    read = 1 - turned
-    fan = weight.shape[-1]
-    return Reading(owner, input, -1, read, 1 - read, -1, fan, lambda x: func(x, weight), bias)
+    read = ((-1, 1 - turned),)
+    return Reading(owner, input, read, int(turned), -1, weight.shape[-1], lambda x: func(x, weight), bias)
 
 
 def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -138,7 +137,7 @@ def _product(
     read = max(0, weight.ndim - 2) if not turned else 1
     make = None if weight.ndim == 1 else (weight.ndim - 1 if not turned else 0)
     fan = weight.shape[-2] if weight.ndim > 1 else len(weight)
-    return Reading(owner, x, -1, read, make, -1, fan, call, bias)
+    return Reading(owner, x, ((-1, read),), make, -1, fan, call, bias)
 
 
 def _conv(
@@ -160,7 +159,7 @@ def _conv(
         bias = bias.view(-1, *[1] * (weight.ndim - 2))
     rest = stride, padding, dilation, groups
     fan = weight.numel() // len(weight)
-    return Reading(found[0], input, axis, 1, 0, axis, fan, lambda x: func(x, weight, None, *rest), bias)
+    return Reading(found[0], input, ((axis, 1),), 0, axis, fan, lambda x: func(x, weight, None, *rest), bias)
 
 
 def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -177,7 +176,7 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
             return None
         gone = [c for c in of_weight if c in of_x and c not in out]
         new = [c for c in of_weight if c not in of_x]
-        if len(gone) != 1 or any(c not in out for c in new):
+        if not gone or any(c not in out for c in new):
             return None
 
         def call(read: Tensor, first: int = n, weight: Tensor = weight) -> Tensor:
@@ -186,8 +185,9 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
 
         make = of_weight.index(new[-1]) if new else None
         at = out.index(new[-1]) if new else 0
-        read = of_weight.index(gone[0])
-        return Reading(found[0], x, of_x.index(gone[0]), read, make, at, weight.shape[read], call)
+        reads = tuple((of_x.index(c), of_weight.index(c)) for c in gone)
+        fan = math.prod(weight.shape[axis] for _, axis in reads)
+        return Reading(found[0], x, reads, make, at, fan, call)
     return None
 
 

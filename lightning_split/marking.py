@@ -71,10 +71,12 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor | None:
     """A product with a raw matrix, unless it is a layer's own business."""
-    if sealed[0] or not watcher.concerns(reading.x, reading.axis):
+    reads = [] if sealed[0] else [r for r in reading.reads if watcher.concerns(reading.x, r[0])]
+    if not reads:
         return None
-    owner = reading.owner
-    x = watcher.read(*port_of("in", owner, reading.read), reading.x, reading.axis)
+    owner, x = reading.owner, reading.x
+    for axis, row in reads:
+        x = watcher.read(*port_of("in", owner, row), x, axis)
     output: Tensor = watcher.sealed(lambda: reading.call(x))
     watcher.multiplied(*owner, output.numel() * reading.fan)
     if reading.make is None:

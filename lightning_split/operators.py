@@ -203,30 +203,43 @@ def _beyond(vary: Sequence[bool], axis: int) -> bool:
 
 
 def _matmul(op: Operation) -> None:
-    """A product over an axis along which no neurons lie keeps the labels of the others."""
+    """A product over an axis along which no neurons lie keeps the labels of the others.
+
+    Of two factors with neurons those of the second are kept, as in the sums of keys times values of linear
+    attention; the first one's are fixed then, like those that are summed over.
+    """
     mode, out = op.mode, op.outputs[0]
     *added, left, right = op.args[: 3 if op.name in ("addmm", "baddbmm") else 2]
     if any(mode.get(t) is not None for t in added):
         _barrier(op)
         return
-    found = []
+    why = _PRODUCT if len(op.labelled) > 1 else _BARRIERS[op.name]
+    found, summed = [], False
     for t, axis in ((left, -1), (right, -2)):
         labels = mode.get(t)
-        if labels is not None:
-            if mode.varying(labels)[axis] or t.shape[axis] == 1:
-                _barrier(op)
-                return
+        if labels is None:
+            continue
+        if mode.varying(labels)[axis] or t.shape[axis] == 1:
+            mode.bar([t], why)
+            summed = True
+        else:
             found.append(narrowed(labels, [axis]).expand(out.shape))
-    if len(found) == 2:
-        vary = [mode.varying(labels) for labels in found]
-        if vary[0] != vary[1] or not any(vary[0][:-2]) or any(vary[0][-2:]):
+    vary = [mode.varying(labels) for labels in found]
+    if len(found) == 2 and vary[0] == vary[1] and any(vary[0][:-2]) and not any(vary[0][-2:]):
+        found = [mode.unify(found[0], found[1], op.name)]
+    elif len(found) == 2 or summed:
+        if any(any(v[:-2]) or not any(v) for v in vary):
             _barrier(op)
             return
-        found[0] = mode.unify(found[0], found[1], op.name)
-    elif _batched_otherwise(op, mode.varying(found[0])):
+        if len(found) == 2:
+            same = not {*mode.ids(found[0])}.isdisjoint(mode.ids(found[1]))
+            mode.bar([left], why if same else "a product of activations pairs the neurons with others")
+        if not found:
+            return
+    elif _batched_otherwise(op, vary[0]):
         return
-    if not any(op.foreign(t, mode.varying(found[0])) for t in added):
-        mode.set(out, found[0])
+    if not any(op.foreign(t, mode.varying(found[-1])) for t in added):
+        mode.set(out, found[-1])
 
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
@@ -269,7 +282,7 @@ def _attention(op: Operation) -> None:
         mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
         return
     op.refuse(
-        "attention scores contract queries and keys over their channels",
+        f"attention scores contract queries and keys over their channels: {_NO_WEIGHTS}",
         [t for t in op.inputs if t is not values or any(values is q for q in op.args[:2])],
     )
     if labels is None:
@@ -294,7 +307,8 @@ def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:
 # reasons ----------------------------------------------------------------------------------------------
 
 _READ = "a value of the neurons is read as a Python number"
-_PRODUCT = "a product of activations contracts the neurons"
+_NO_WEIGHTS = "no weights read them that offspring could share"
+_PRODUCT = f"a product of activations contracts the neurons: {_NO_WEIGHTS}"
 _MATRIX = "a matrix product outside of a layer with a rule reads the neurons"
 _DISTANCE = "distances (cdist, dist) are taken over the neurons"
 _RMS = "RMS normalisation takes the mean square over the neurons"

@@ -209,6 +209,41 @@ def test_ten_growths_of_raw_matrices_stay_exact() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+def test_attention_of_raw_matrices_grows_in_its_values() -> None:
+    """Weights of several heads in one tensor, read over heads and channels at once."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("btd,hdk->bhtk", x, w) for w in (m.wq, m.wk, m.wv))
+        y = torch.einsum("bhij,bhjk->bhik", torch.einsum("bhik,bhjk->bhij", q, k).softmax(-1), v)
+        return m.out(torch.tanh(torch.einsum("bhtk,hkd->btd", y, m.wo)))
+
+    parts = {name: nn.Parameter(torch.randn(2, 3, 4)) for name in ("wq", "wk", "wv")}
+    model = net(fwd, **parts, wo=nn.Parameter(torch.randn(2, 4, 5)), out=lin(5, 2))
+    x, loss = torch.randn(3, 6, 3), loss_of(torch.zeros(3, 6, 2))
+    arch = trace(model, x)
+    assert sorted(arch.widths.values()) == [4, 5]
+    values = next(g for g in arch.groups if g.width == 4)
+    assert (values.dim, {block.tensor for block in values.outgoing}) == (2 * 3, {"wo"})
+    # linear in the values up to the next reader: the cut is where the values are read
+    assert not SplittingOperator(model, arch, [x], loss).dense(values).any()
+    assert_grows(model, x, groups=list(arch.widths))
+
+
+def test_values_of_linear_attention_grow() -> None:
+    """Keys times values, summed over positions: of the two the values stay linear; keys and queries stay."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = torch.sigmoid(m.q(x)), torch.sigmoid(m.k(x)), m.v(x)
+        sums = torch.einsum("btd,bte->bde", k, v)
+        shares = torch.einsum("btd,bd->bt", q, k.sum(1))
+        return m.out(torch.tanh(torch.einsum("btd,bde->bte", q, sums) / shares[..., None]))
+
+    model = net(fwd, q=lin(3, 4), k=lin(3, 4), v=lin(3, 5), out=lin(5, 2))
+    arch = assert_grows(model, torch.randn(2, 6, 3), groups=["v"])
+    assert_refused(arch, "q", "contracts the neurons")
+    assert_refused(arch, "k", "pairs the neurons with others")
+
+
 def test_products_over_positions_cost_no_neuron() -> None:
     """A raw matrix that mixes positions is the same for every neuron."""
 

@@ -384,6 +384,7 @@ def test_the_table_says_once_what_is_the_same() -> None:
     ]
     (scores,) = [row for row in text.splitlines() if row.startswith("0.layers.*.self_attn#")]
     assert [cell.strip() for cell in scores.split("|")] == [
-        *("0.layers.*.self_attn#*", "6 x 2", "a product of activations contracts the neurons"),
+        *("0.layers.*.self_attn#*", "6 x 2"),
+        "a product of activations contracts the neurons: no weights read them that offspring could share",
     ]
     assert sum(u.width for u in arch.unsplittable if "#" in u.name) == 12
