@@ -133,6 +133,8 @@ def _cat(op: Operation) -> None:
         shapes = [(*t.shape[:dim], 1, *t.shape[dim:]) for t in inputs]
     else:
         inputs = [t for t in inputs if t.numel()]  # legacy: empty tensors are skipped
+        if not inputs:
+            return
         parts = [op.mode.get(t) for t in inputs]
         shapes = [t.shape for t in inputs]
     varying = [op.mode.varying(p) for p in parts if p is not None]

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_split.barriers import BARRIERS, MIXED, READ, barrier
 from lightning_split.constants import DRAWN, is_pointwise
-from lightning_split.labels import FIXED, Handler, LabelMode
+from lightning_split.labels import FIXED, Handler
 from lightning_split.movements import MOVEMENTS
 from lightning_split.operation import NOISE, Action, Operation, along, kept, narrowed, spread, unified
+from lightning_split.products import attention, convolution, matmul
 
 __all__ = ["handler_of"]
 
@@ -24,12 +26,8 @@ __all__ = ["handler_of"]
 def handler_of(func: Any) -> Handler:
     """The handler of an operator; a barrier if there is none."""
     name = func.overloadpacket.__name__
-    action = _ACTIONS.get(name) or (_pointwise if is_pointwise(func) else _barrier)
+    action = _ACTIONS.get(name) or (_pointwise if is_pointwise(func) else barrier)
     return lambda *call: action(Operation(*call))
-
-
-def _barrier(op: Operation) -> None:
-    op.refuse(_BARRIERS.get(op.name))
 
 
 def _look(op: Operation) -> None:
@@ -43,7 +41,7 @@ def _pointwise(op: Operation) -> None:
     """What meets element by element is one neuron; what belongs to none must be constant along them."""
     mode = op.mode
     if not op.outputs:
-        op.refuse(_READ)
+        op.refuse(READ)
         return
     shape = op.outputs[0].shape
     solid = [t for t in op.labelled if not mode.constants.uniform(t)] or op.labelled
@@ -104,7 +102,7 @@ def _glu(op: Operation) -> None:
     assert labels is not None
     dim = op.arguments["dim"] % labels.ndim
     if any(v for d, v in enumerate(op.mode.varying(labels)) if d != dim):
-        along(op, [dim], _BARRIERS.get(op.name, "glu pairs neurons"))
+        along(op, [dim], BARRIERS.get(op.name, "glu pairs neurons"))
         return
     value, gate = labels.chunk(2, dim)
     op.mode.set(op.outputs[0], op.mode.unify(value, gate, op.name))
@@ -143,7 +141,7 @@ def _reduce(op: Operation) -> None:
     if "other" in op.arguments:  # max(x, y), min(x, y)
         _pointwise(op)
         return
-    along(op, op.dims("dim"), _MIXED.get(op.name, f"{op.name} mixes the neurons"))
+    along(op, op.dims("dim"), MIXED.get(op.name, f"{op.name} mixes the neurons"))
 
 
 def _spatial(num_dims: int) -> Action:
@@ -152,13 +150,24 @@ def _spatial(num_dims: int) -> Action:
     def handle(op: Operation) -> None:
         labels = op.labels()
         if labels is None or len(op.labelled) > 1 or any(op.mode.varying(labels)[-num_dims:]):
-            _barrier(op)
+            barrier(op)
             return
         for t in op.outputs:
             if t.ndim == labels.ndim:
                 op.mode.set(t, spread(labels, t.shape))
 
     return handle
+
+
+def _regions(op: Operation) -> None:
+    """Pooling in boxes: every channel of a map by itself, in boxes that no neuron has a part in."""
+    labels = op.mode.get(op.args[0])
+    if labels is None or len(op.labelled) > 1 or _beyond(op.mode.varying(labels), 1):
+        barrier(op)
+        return
+    core = narrowed(labels, [0, 2, 3])
+    for t in op.outputs:
+        op.mode.set(t, core.expand(t.shape))
 
 
 def _unpool(num_dims: int) -> Action:
@@ -178,7 +187,7 @@ def _layer_norm(op: Operation) -> None:
     labels, ndim = op.labels(), op.args[0].ndim
     dims = range(ndim - len(op.args[1]), ndim)
     if labels is None or len(op.labelled) > 1 or any(op.mode.varying(labels)[d] for d in dims):
-        _barrier(op)
+        barrier(op)
         return
     for t in op.outputs:
         op.mode.set(t, labels if t.shape == labels.shape else None)
@@ -189,7 +198,7 @@ def _batch_norm(op: Operation) -> None:
     labels = op.labels()
     plain = all(all(op.mode.constants.flat(t)) for t in op.inputs[1:])
     if labels is None or len(op.labelled) > 1 or not plain or _beyond(op.mode.varying(labels), 1):
-        _barrier(op)
+        barrier(op)
     else:
         op.mode.set(op.outputs[0], labels)
 
@@ -197,148 +206,6 @@ def _batch_norm(op: Operation) -> None:
 def _beyond(vary: Sequence[bool], axis: int) -> bool:
     """Whether neurons lie along another axis than this one."""
     return any(v for d, v in enumerate(vary) if d != axis)
-
-
-# products ---------------------------------------------------------------------------------------------
-
-
-def _matmul(op: Operation) -> None:
-    """A product over an axis along which no neurons lie keeps the labels of the others.
-
-    Of two factors with neurons those of the second are kept, as in the sums of keys times values of linear
-    attention; the first one's are fixed then, like those that are summed over.
-    """
-    mode, out = op.mode, op.outputs[0]
-    *added, left, right = op.args[: 3 if op.name in ("addmm", "baddbmm") else 2]
-    if any(mode.get(t) is not None for t in added):
-        _barrier(op)
-        return
-    why = _PRODUCT if len(op.labelled) > 1 else _BARRIERS[op.name]
-    found, summed = [], False
-    for t, axis in ((left, -1), (right, -2)):
-        labels = mode.get(t)
-        if labels is None:
-            continue
-        if mode.varying(labels)[axis] or t.shape[axis] == 1:
-            mode.bar([t], why)
-            summed = True
-        else:
-            found.append(narrowed(labels, [axis]).expand(out.shape))
-    vary = [mode.varying(labels) for labels in found]
-    if len(found) == 2 and vary[0] == vary[1] and any(vary[0][:-2]) and not any(vary[0][-2:]):
-        found = [mode.unify(found[0], found[1], op.name)]
-    elif len(found) == 2 or summed:
-        if any(any(v[:-2]) or not any(v) for v in vary):
-            _barrier(op)
-            return
-        if len(found) == 2:
-            same = not {*mode.ids(found[0])}.isdisjoint(mode.ids(found[1]))
-            mode.bar([left], why if same else "a product of activations pairs the neurons with others")
-        if not found:
-            return
-    elif _batched_otherwise(op, vary[0]):
-        return
-    if not any(op.foreign(t, mode.varying(found[-1])) for t in added):
-        mode.set(out, found[-1])
-
-
-def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
-    """Whether neurons lie along the batch, on which the other factor differs; if so, refuse."""
-    return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs if t.ndim == len(vary))
-
-
-def _convolution(op: Operation) -> None:
-    """One filter for all channels (blur pooling), or neurons along the batch, or along the space of points.
-
-    A filter of size one treats every place by itself.
-    """
-    mode, (x, weight, bias) = op.mode, op.args[:3]
-    labels = mode.get(x)
-    if labels is None or len(op.labelled) > 1:
-        _barrier(op)
-        return
-    vary, out = mode.varying(labels), op.outputs[0]
-    same = mode.constants.flat(weight)[0] and (bias is None or all(mode.constants.flat(bias)))
-    pointwise = weight.shape[2:].numel() == 1 and out.shape[2:] == x.shape[2:]
-    if not vary[1] and (pointwise or not any(vary[2:])):
-        narrow = [d for d in range(1, x.ndim) if not vary[d]]
-        mode.set(out, narrowed(labels, narrow).expand(out.shape))
-    elif vary[1] and sum(vary) == 1 and op.arguments["groups"] == x.shape[1] and same:
-        core = narrowed(labels, [d for d in range(x.ndim) if d != 1])
-        mode.set(out, core.repeat_interleave(out.shape[1] // x.shape[1], 1).expand(out.shape))
-    else:
-        _barrier(op)
-
-
-def _attention(op: Operation) -> None:
-    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
-    mode, out, values = op.mode, op.outputs[0], op.args[2]
-    labels = mode.get(values)
-    heads = [_of_heads(mode, t) for t in op.args[:3]]
-    if labels is not None and all(h is not None for h in heads):  # each head is one neuron
-        whole = heads[0]
-        for other in heads[1:]:
-            whole = mode.unify(whole, other, op.name)  # type: ignore[arg-type]
-        mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
-        return
-    op.refuse(
-        f"attention scores contract queries and keys over their channels: {_NO_WEIGHTS}",
-        [t for t in op.inputs if t is not values or any(values is q for q in op.args[:2])],
-    )
-    if labels is None:
-        return
-    if mode.varying(labels)[-2]:
-        mode.bar([values], "attention mixes the positions along which these neurons lie")
-        return
-    labels = narrowed(labels, [-2])
-    if labels.ndim > 2 and 1 < labels.shape[-3] < out.shape[-3]:  # several queries share a head
-        labels = labels.repeat_interleave(out.shape[-3] // labels.shape[-3], -3)
-    mode.set(out, labels.expand(out.shape))
-
-
-def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:
-    """Labels that name the head only, ``(..., heads, 1, 1)``; ``None`` if there is more or less to them."""
-    labels = mode.get(tensor)
-    if labels is None or labels.ndim < 3 or any(mode.varying(labels)[-2:]):
-        return None
-    return narrowed(labels, [-1, -2])
-
-
-# reasons ----------------------------------------------------------------------------------------------
-
-_READ = "a value of the neurons is read as a Python number"
-_NO_WEIGHTS = "no weights read them that offspring could share"
-_PRODUCT = f"a product of activations contracts the neurons: {_NO_WEIGHTS}"
-_MATRIX = "a matrix product outside of a layer with a rule reads the neurons"
-_DISTANCE = "distances (cdist, dist) are taken over the neurons"
-_RMS = "RMS normalisation takes the mean square over the neurons"
-
-_BARRIERS = {
-    "native_layer_norm": "layer normalisation takes mean and variance over the neurons",
-    "native_group_norm": "group normalisation takes mean and variance over several neurons",
-    "_fused_rms_norm": _RMS,
-    "convolution": "a convolution outside of a layer with a rule reads the neurons",
-    **dict.fromkeys(["mm", "addmm", "mv", "addmv"], _MATRIX),
-    **dict.fromkeys(["bmm", "baddbmm", "dot", "vdot"], _PRODUCT),
-    "_trilinear": "a bilinear form outside of a layer with a rule reads the neurons",
-    **dict.fromkeys(["_cdist_forward", "_euclidean_dist", "_pdist_forward", "dist"], _DISTANCE),
-    "affine_grid_generator": "affine_grid makes coordinates of the neurons",
-    "masked_select": "masked_select picks elements in a way that splitting cannot follow",
-    "multinomial": "multinomial samples one of the neurons",
-    **dict.fromkeys(["_local_scalar_dense", "equal", "is_nonzero", "_is_all_true", "_is_any_true"], _READ),
-    "fractional_max_pool2d": NOISE,
-    "fractional_max_pool3d": NOISE,
-}
-_MIXED = {
-    "_softmax": "softmax normalises over the neurons",
-    "_safe_softmax": "softmax normalises over the neurons",
-    "_log_softmax": "log-softmax normalises over the neurons",
-    **{
-        n: f"{n} is an operator that compares the neurons with each other"
-        for n in ("sort", "topk", "kthvalue")
-    },
-    **dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], "a Fourier transform goes over the neurons"),
-}
 
 
 # what is registered -----------------------------------------------------------------------------------
@@ -419,7 +286,8 @@ _ACTIONS: dict[str, Action] = {
     **_over_space(3),
     **_all(_layer_norm, "native_layer_norm", "_fused_rms_norm"),
     **_all(_batch_norm, "native_batch_norm"),
-    **_all(_matmul, "mm", "bmm", "addmm", "baddbmm"),
-    "convolution": _convolution,
-    **_all(_attention, *_ATTENTION, "_scaled_dot_product_fused_attention_overrideable"),
+    **_all(matmul, "mm", "bmm", "addmm", "baddbmm"),
+    **_all(_regions, "roi_align", "roi_pool"),
+    "convolution": convolution,
+    **_all(attention, *_ATTENTION, "_scaled_dot_product_fused_attention_overrideable"),
 }

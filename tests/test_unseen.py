@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning_split import TopK, grow, trace
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 from exactness import assert_splits_exactly, randomise
 
@@ -163,3 +164,42 @@ def test_layers_of_positions_keep_the_neurons_of_others(name: str) -> None:
     assert {u.name: u.width for u in arch.unsplittable if "positions" in u.reason} == positions
     report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=1))
     assert report.loss_after < report.loss_before
+
+
+class Detector(nn.Module):
+    """Classifies what a pooled map shows in the boxes that are found in it, of which there may be none."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.first, self.map = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.scores, self.hidden, self.head = nn.Conv2d(5, 1, 1), nn.Linear(5 * 4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.map(F.silu(self.first(x))))
+        found = []
+        for scores in self.scores(h).detach():
+            y, x0 = torch.where(scores[0] > self.threshold)
+            corners = torch.stack([x0, y, x0 + 3, y + 2], -1).to(h)
+            found.append(corners[:6])
+        index = torch.cat([torch.full((len(b), 1), float(i)) for i, b in enumerate(found)]).to(h)
+        boxes = torch.cat([index, torch.cat(found)], -1)
+        pooled = roi_align(h, boxes, (2, 2), sampling_ratio=2)
+        return self.head(torch.tanh(self.hidden(pooled.flatten(1))))
+
+
+def test_boxes_that_are_pooled() -> None:
+    """Pooling in boxes treats every channel by itself."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    model = _randomised(Detector(0.0), x)
+    arch = assert_splits_exactly(model, x)
+    assert {g.name: g.width for g in arch.groups} == {"first": 4, "map": 5, "hidden": 6}
+    report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=2))
+    assert report.loss_after < report.loss_before
+
+
+def test_no_boxes_are_found() -> None:
+    """Nothing but empty tensors is joined; what no sample reaches is left alone, with the reason."""
+    arch = trace(Detector(1e9), torch.randn(2, 1, 8, 8))
+    assert "sends no sample" in {u.name: u.reason for u in arch.unsplittable}["hidden"]

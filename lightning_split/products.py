@@ -1,0 +1,115 @@
+"""What products of tensors do to labels: matrix products, convolutions and attention without a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_split.barriers import BARRIERS, NO_WEIGHTS, PRODUCT, barrier
+from lightning_split.labels import LabelMode
+from lightning_split.operation import Operation, narrowed
+
+__all__ = ["attention", "convolution", "matmul"]
+
+
+def matmul(op: Operation) -> None:
+    """A product over an axis along which no neurons lie keeps the labels of the others.
+
+    Of two factors with neurons those of the second are kept, as in the sums of keys times values of linear
+    attention; the first one's are fixed then, like those that are summed over.
+    """
+    mode, out = op.mode, op.outputs[0]
+    *added, left, right = op.args[: 3 if op.name in ("addmm", "baddbmm") else 2]
+    if any(mode.get(t) is not None for t in added):
+        barrier(op)
+        return
+    why = PRODUCT if len(op.labelled) > 1 else BARRIERS[op.name]
+    found, summed = [], False
+    for t, axis in ((left, -1), (right, -2)):
+        labels = mode.get(t)
+        if labels is None:
+            continue
+        if mode.varying(labels)[axis] or t.shape[axis] == 1:
+            mode.bar([t], why)
+            summed = True
+        else:
+            found.append(narrowed(labels, [axis]).expand(out.shape))
+    vary = [mode.varying(labels) for labels in found]
+    if len(found) == 2 and vary[0] == vary[1] and any(vary[0][:-2]) and not any(vary[0][-2:]):
+        found = [mode.unify(found[0], found[1], op.name)]
+    elif len(found) == 2 or summed:
+        if any(any(v[:-2]) or not any(v) for v in vary):
+            barrier(op)
+            return
+        if len(found) == 2:
+            same = not {*mode.ids(found[0])}.isdisjoint(mode.ids(found[1]))
+            mode.bar([left], why if same else "a product of activations pairs the neurons with others")
+        if not found:
+            return
+    elif _batched_otherwise(op, vary[0]):
+        return
+    if not any(op.foreign(t, mode.varying(found[-1])) for t in added):
+        mode.set(out, found[-1])
+
+
+def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
+    """Whether neurons lie along the batch, on which the other factor differs; if so, refuse."""
+    return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs if t.ndim == len(vary))
+
+
+def convolution(op: Operation) -> None:
+    """One filter for all channels (blur pooling), or neurons along the batch, or along the space of points.
+
+    A filter of size one treats every place by itself.
+    """
+    mode, (x, weight, bias) = op.mode, op.args[:3]
+    labels = mode.get(x)
+    if labels is None or len(op.labelled) > 1:
+        barrier(op)
+        return
+    vary, out = mode.varying(labels), op.outputs[0]
+    same = mode.constants.flat(weight)[0] and (bias is None or all(mode.constants.flat(bias)))
+    pointwise = weight.shape[2:].numel() == 1 and out.shape[2:] == x.shape[2:]
+    if not vary[1] and (pointwise or not any(vary[2:])):
+        narrow = [d for d in range(1, x.ndim) if not vary[d]]
+        mode.set(out, narrowed(labels, narrow).expand(out.shape))
+    elif vary[1] and sum(vary) == 1 and op.arguments["groups"] == x.shape[1] and same:
+        core = narrowed(labels, [d for d in range(x.ndim) if d != 1])
+        mode.set(out, core.repeat_interleave(out.shape[1] // x.shape[1], 1).expand(out.shape))
+    else:
+        barrier(op)
+
+
+def attention(op: Operation) -> None:
+    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
+    mode, out, values = op.mode, op.outputs[0], op.args[2]
+    labels = mode.get(values)
+    heads = [_of_heads(mode, t) for t in op.args[:3]]
+    if labels is not None and all(h is not None for h in heads):  # each head is one neuron
+        whole = heads[0]
+        for other in heads[1:]:
+            whole = mode.unify(whole, other, op.name)  # type: ignore[arg-type]
+        mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
+        return
+    op.refuse(
+        f"attention scores contract queries and keys over their channels: {NO_WEIGHTS}",
+        [t for t in op.inputs if t is not values or any(values is q for q in op.args[:2])],
+    )
+    if labels is None:
+        return
+    if mode.varying(labels)[-2]:
+        mode.bar([values], "attention mixes the positions along which these neurons lie")
+        return
+    labels = narrowed(labels, [-2])
+    if labels.ndim > 2 and 1 < labels.shape[-3] < out.shape[-3]:  # several queries share a head
+        labels = labels.repeat_interleave(out.shape[-3] // labels.shape[-3], -3)
+    mode.set(out, labels.expand(out.shape))
+
+
+def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:
+    """Labels that name the head only, ``(..., heads, 1, 1)``; ``None`` if there is more or less to them."""
+    labels = mode.get(tensor)
+    if labels is None or labels.ndim < 3 or any(mode.varying(labels)[-2:]):
+        return None
+    return narrowed(labels, [-1, -2])
