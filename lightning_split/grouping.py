@@ -234,7 +234,8 @@ class Findings:
         for block in group.theta:
             tensor = self.layers[block.module]._parameters.get(block.tensor)
             if tensor is None or not tensor.requires_grad:
-                return f"the incoming weight '{block.module}.{block.tensor}' is frozen (requires_grad=False)"
+                full = f"{block.module}.{block.tensor}".lstrip(".")
+                return f"the incoming weight '{full}' is frozen (requires_grad=False)"
         if not group.dim:
             return "they have no incoming weights of their own"
         return None

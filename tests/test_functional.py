@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning_split import TopK, fit_to_state_dict, grow, split_neurons, trace
+from lightning_split.architecture import Architecture
 from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import GradMax
 from lightning_split.surgery import Split
@@ -127,22 +128,52 @@ def test_predictions_for_raw_matrices_hold(name: str) -> None:
     group = arch.group("(root)")
     assert [block.tensor for block in group.theta] == (["w"] if name == "no bias" else ["w", "b"])
     assert group.dim == (5 if name == "no bias" else 6)
+    wide, moved = assert_fourth_order(model, arch, "(root)", x, loss)
+    weight = wide.w.movedim(0 if name in ("linear", "conv") else 1, 0).flatten(1)
+    torch.testing.assert_close(weight[3] - weight[4], moved[0, :5] - moved[1, :5])
+
+
+def assert_fourth_order(
+    model: nn.Module, arch: Architecture, name: str, x: Tensor, loss: Any
+) -> tuple[nn.Module, Tensor]:
+    """Really split in two, the loss changes as the splitting matrix says; the rest falls as ε⁴.
+
+    Returns:
+        The network after the smaller of two splits of neuron 3, and the displacements.
+    """
+    group = arch.group(name)
+    vectors = torch.zeros(group.width, group.dim)
     direction = torch.randn(group.dim)
-    direction /= direction.norm()
-    vectors = torch.zeros(6, group.dim)
-    vectors[3] = direction
-    product = SplittingOperator(model, arch, [x], loss).matvec({"(root)": vectors})["(root)"]
+    vectors[3] = direction / direction.norm()
+    product = SplittingOperator(model, arch, [x], loss).matvec({name: vectors})[name]
     errors = []
     for eps in (0.1, 0.05):
         wide = copy.deepcopy(model)
-        moves = torch.stack([eps * direction, -eps * direction])
-        split_neurons(wide, [Split("(root)", 3, (0.5, 0.5), moves)], arch=arch)
-        weight = wide.w.movedim(0 if name in ("linear", "conv") else 1, 0).flatten(1)
-        torch.testing.assert_close(weight[3] - weight[4], 2 * eps * direction[:5])
+        moves = torch.stack([eps * vectors[3], -eps * vectors[3]])
+        split_neurons(wide, [Split(name, 3, (0.5, 0.5), moves)], arch=arch)
         with torch.no_grad():
             change = float(loss(wide, x) - loss(model, x))
-        errors.append(change - eps**2 / 2 * float(product[3] @ direction))
+        errors.append(change - eps**2 / 2 * float(product[3] @ vectors[3]))
     assert 16 / 1.35 < errors[0] / errors[1] < 16 * 1.35
+    return wide, moves
+
+
+def test_a_recurrent_network_of_raw_matrices_grows() -> None:
+    """A hand-written LSTM: four gates of each neuron in both matrices and in the bias, read by itself."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), m.u.shape[0])
+        for step in x.unbind(1):
+            i, f, g, o = (step @ m.w + h @ m.u + m.b).chunk(4, -1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return m.out(h)
+
+    model = net(fwd, w=matrix(3, 20), u=matrix(5, 20), b=matrix(20), out=lin(5, 2))
+    x = torch.randn(8, 4, 3)
+    arch = assert_grows(copy.deepcopy(model), x, groups=["(root)"])
+    assert arch.group("(root)").dim == 4 * (3 + 5 + 1)
+    assert_fourth_order(model, arch, "(root)", x, loss_of(torch.randn(8, 2)))
 
 
 def test_a_raw_layer_has_the_splitting_matrices_of_a_linear_one() -> None:
