@@ -269,7 +269,7 @@ class SplittingCallback(Callback):
     # how ----------------------------------------------------------------------------------------------
 
     def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        widths, barred, note = first_look(
+        look = first_look(
             trainer,
             pl_module,
             batch,
@@ -278,11 +278,12 @@ class SplittingCallback(Callback):
             include=self.include,
             exclude=self.exclude,
             barred=self.barred,
+            followers=self._chronicle.followers,
             seed=self._growth_seed,
         )
-        if self.verbose and note:
-            pl_module.print(f"Growth: {note}")
-        self._chronicle.begin(widths, barred)
+        if self.verbose and look.note:
+            pl_module.print(f"Growth: {look.note}")
+        self._chronicle.begin(look.widths, look.barred, look.followers)
         self._supply.begins(trainer, self._growth_seed)
         self._traced = True
 
@@ -315,6 +316,7 @@ class SplittingCallback(Callback):
                 include=self.include,
                 exclude=self.exclude,
                 barred=self.barred,
+                followers=self._chronicle.followers,
                 max_params=self.max_params,
                 max_macs=self.max_macs,
                 seed_cost=self._chronicle.seed_cost,

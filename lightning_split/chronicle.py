@@ -20,6 +20,7 @@ class Chronicle:
         self.history: list[dict[str, Any]] = []
         self.lineage = Lineage()
         self.barred: dict[str, str] = {}
+        self.followers: dict[str, str] = {}  # copies that grow with their originals
 
     @property
     def num_growths(self) -> int:
@@ -31,9 +32,12 @@ class Chronicle:
         """What the network cost before its first growth, in the strategy's unit."""
         return self.history[0]["cost_before"] if self.history else None
 
-    def begin(self, widths: Mapping[str, int], barred: Mapping[str, str]) -> None:
+    def begin(
+        self, widths: Mapping[str, int], barred: Mapping[str, str], followers: Mapping[str, str]
+    ) -> None:
         """Note the network as the first batch found it; one that has grown keeps its lineage."""
         self.barred |= barred
+        self.followers |= followers
         if not self.history:
             self.lineage = Lineage.start(widths)
 
@@ -79,6 +83,7 @@ class Chronicle:
             "history": deepcopy(self.history),
             "lineage": self.lineage.to_dict(),
             "barred": dict(self.barred),
+            "followers": dict(self.followers),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,3 +91,4 @@ class Chronicle:
         self.history = [dict(event) for event in state["history"]]
         self.lineage = Lineage.from_dict(state["lineage"])
         self.barred = dict(state["barred"])
+        self.followers = dict(state["followers"])

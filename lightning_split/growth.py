@@ -53,6 +53,7 @@ def grow(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     barred: Mapping[str, str] | None = None,
+    followers: Mapping[str, str] | None = None,
     max_params: int | None = None,
     max_macs: float | None = None,
     seed_cost: float | None = None,
@@ -84,6 +85,8 @@ def grow(
         include: Patterns of group or producer names that may grow (``fnmatch``; default all).
         exclude: Patterns of names that may not.
         barred: Group names that must be left alone, with reasons (from earlier reports).
+        followers: Copies of parts of the network that nobody trains, by path, each with the path of what it
+            is a copy of; they grow with it (a teacher, a target network).
         max_params: The grown network has at most so many parameters.
         max_macs: The grown network has at most so many MACs per sample.
         seed_cost: What the network cost before its first growth, in the strategy's unit
@@ -111,7 +114,7 @@ def grow(
     check = batches if fresh is None else fresh.first(_CHECKED)
     step = as_step_size(step_size)
     _check_arguments(batches, check, significance)
-    whole = trace_step(model, batches[0], loss_fn)
+    whole = trace_step(model, batches[0], loss_fn, followers)
     arch = select_groups(whole.without(dict(barred or {})), include, exclude)
     before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture
+from lightning_split.followers import led
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
@@ -52,13 +53,26 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
     )
 
 
-def trace_step(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Architecture:
-    """Like :func:`trace`, but runs ``loss_fn(model, batch)``, so the loss itself bounds what can grow."""
+def trace_step(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    followers: Mapping[str, str] | None = None,
+) -> Architecture:
+    """Like :func:`trace`, but runs ``loss_fn(model, batch)``, so the loss itself bounds what can grow.
+
+    Args:
+        model: The network.
+        batch: What the loss is taken of.
+        loss_fn: The loss.
+        followers: Copies of parts of it that grow with them (:mod:`lightning_split.followers`).
+    """
     return _trace(
         model,
         loss_fn,
         batch,
         compare_outputs=False,  # a penalty on the weights changes the loss, though not the function
+        followers=followers,
     )
 
 
@@ -68,6 +82,7 @@ def _trace(
     example: Any,
     *,
     compare_outputs: bool,
+    followers: Mapping[str, str] | None = None,
 ) -> Architecture:
     for path, layer in model.named_modules():
         if is_uninitialized(layer):
@@ -90,6 +105,7 @@ def _trace(
                     tracer, arch = second
                 del second
             hollow = tracer.example is not example
+            arch = led(arch, followers or {})
             with collector_paused(hollow):
                 arch = verified_sizes(model, arch, run, tracer.example, tracer.seen, hollow=hollow)
         del tracer
