@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import lightning_split
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "lightning_split"
 author = "The lightning_split authors"
@@ -9,6 +14,7 @@ release = version = lightning_split.__version__
 
 # No intersphinx: it reads other projects' indexes over the network, and the docs must build without one.
 extensions = [
+    "code_map",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
