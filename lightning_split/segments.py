@@ -315,7 +315,8 @@ class Layout:
         found = {}
         for key, parameter in theta.items():
             name, columns, block, rows = self._blocks[key][0]
-            whole = rows is None and len(self._blocks[key]) == 1
+            # one row each: a head owns several, and its vector is longer than a row of the matrix
+            whole = rows is None and len(self._blocks[key]) == 1 and block.rows.shape[1] == 1
             if whole and parameter.ndim == 2 and block.axis == 0 and name in into:
                 found[key] = into[name][:, columns]
         return found

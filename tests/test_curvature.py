@@ -379,6 +379,34 @@ def test_fused_attention_has_second_derivatives() -> None:
     assert float(products["values"].abs().max()) > 1e-8
 
 
+class _Heads(nn.Module):
+    """Attention heads, whose number is left open: one neuron owns several rows of three matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 6) for _ in range(3))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], -1, 3).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_products_of_whole_heads_are_second_differences() -> None:
+    """Also where the products of matrices are added up in the heads' own vectors."""
+    model, x = _Heads(), torch.randn(5, 4, 4)
+    y, arch = torch.randn(5, 4, 2), trace(model, x)
+    (group,) = arch.groups
+    assert (group.width, group.dim) == (2, 3 * 15)
+    v = torch.randn(2, 45)
+    exact = SplittingOperator(model, arch, [x], loss_of(y)).matvec({group.name: v})[group.name][1] @ v[1]
+    differences = []
+    for step in (1e-2, 5e-3):
+        split = Split(group.name, 1, (0.5, 0.5), torch.stack([v[1], -v[1]]) * step)
+        differences.append(2 * _change_of_loss(model, x, y, arch, [split]) / step**2)
+    assert (4 * differences[1] - differences[0]) / 3 == pytest.approx(float(exact), rel=1e-4)
+
+
 def test_an_operator_without_second_derivative_is_named() -> None:
     """A sentence says which operator it is, and what to do, in place of PyTorch's error."""
 
