@@ -152,6 +152,7 @@ class SplittingCallback(Callback):
         self._monitor = Monitor(self.trigger)
         self._supply = BatchSupply(num_batches, confirm_batches)
         self._traced = False
+        self._clock = 0  # optimizer steps of the Trainer that was here last
         self._module: weakref.ref[nn.Module] | None = None
 
     @property
@@ -199,6 +200,15 @@ class SplittingCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_optimizers(trainer)
 
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step < self._clock:  # fitted further by another Trainer, perhaps on other data
+            self.trigger.restarted()
+            self._monitor.restarted()
+            self._supply = BatchSupply(self.num_batches, self.confirm_batches)
+            self._traced = False
+        self._clock = trainer.global_step
+
     # when ---------------------------------------------------------------------------------------------
 
     @override
@@ -225,6 +235,7 @@ class SplittingCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._monitor.batch_ends(trainer)
+        self._clock = trainer.global_step
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -376,3 +387,4 @@ class SplittingCallback(Callback):
         self.strategy.load_state_dict(state_dict["strategy"])
         self._monitor.load_state_dict(state_dict["monitor"])
         self._supply.load_state_dict(state_dict["batches"])
+        self._clock = 0  # what the Trainer resumes from belongs to this state

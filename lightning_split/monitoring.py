@@ -42,6 +42,10 @@ class Monitor:
 
     # during the run ---------------------------------------------------------------------------------
 
+    def restarted(self) -> None:
+        """To be called when epochs and steps are counted from zero again."""
+        self.load_state_dict({"epoch": -1, "step": -1, "pending": None, "cut": None})
+
     def epoch_starts(self, trainer: pl.Trainer) -> None:
         """To be called when an epoch starts: the metrics of the last one are complete."""
         self._catch_up(trainer)

@@ -53,6 +53,10 @@ class Trigger(ABC):
         """A growth has just been tried."""
         return None
 
+    def restarted(self) -> None:
+        """Another Trainer fits the network further, and counts epochs and steps from zero again."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the attributes that begin with one underscore, without it."""
         return {name[1:]: value for name, value in vars(self).items() if _is_state(name)}
@@ -223,6 +227,10 @@ class Every(Trigger):
     def fired(self, *, epoch: int, step: int) -> None:
         """The next growth is ``n`` from here."""
         self._last = epoch if self.unit == "epoch" else step
+
+    def restarted(self) -> None:
+        """The next growth is ``n`` from the start."""
+        self._last = 0
 
     def __repr__(self) -> str:
         return f"Every({self.n}, {self.unit!r})"

@@ -386,6 +386,20 @@ def test_a_second_fit_goes_on_growing(tmp_path: Path) -> None:
     assert [e["epoch"] for e in callback.history] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "trigger",
+    [lambda: Every(2), lambda: Every(6, "step"), lambda: Plateau("train_loss", patience=1, min_delta=9.0)],
+)
+def test_another_trainer_counts_anew(tmp_path: Path, trigger: Any) -> None:
+    """A module that is fitted further, with the same callback, grows in the second run as in the first."""
+    callback, module = two_splits(trigger=trigger()), Classifier()
+    for _ in range(2):
+        trainer(tmp_path, callback, max_epochs=5).fit(module, loader())
+    assert [e["epoch"] for e in callback.history] == [2, 4, 2, 4]
+    assert sum(widths(module)) == 11 + 8
+    assert callback.lineage.widths == callback.history[-1]["widths_after"]
+
+
 def test_a_frozen_network_waits_until_it_is_thawed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
