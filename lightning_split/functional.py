@@ -24,6 +24,14 @@ __all__ = ["RawMatrices", "Reading", "port_of", "raw_matrices"]
 Owner = tuple[str, str]
 
 
+class Matrix(NamedTuple):
+    """A raw matrix as it stands in a call."""
+
+    owner: Owner
+    turned: bool = False  # whether it is transposed
+    picked: int = 0  # number of leading axes along which one entry was picked, that of an expert, say
+
+
 class Reading(NamedTuple):
     """A call that multiplies neurons with a raw matrix."""
 
@@ -59,7 +67,7 @@ class RawMatrices(TorchFunctionMode):
         super().__init__()
         self._owners = owners
         self._through = through
-        self._turned: WeakIdKeyDictionary = WeakIdKeyDictionary()  # transposed matrices -> whose they are
+        self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()  # transposed and picked matrices
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -69,10 +77,12 @@ class RawMatrices(TorchFunctionMode):
         if name in _TURNS or func in _TURNING:
             out = func(*args, **kwargs)
             matrix: Any = args[0] if args else None
-            owner = self._owners.get(id(matrix))
-            if owner is not None and matrix.ndim == 2 and out.stride() == matrix.stride()[::-1]:
-                self._turned[out] = owner
+            found = self.whose(matrix)
+            if found is not None and matrix.ndim == 2 and out.stride() == matrix.stride()[::-1]:
+                self._views[out] = found._replace(turned=not found.turned)
             return out
+        if name in _PICKS:
+            return self._picked(func(*args, **kwargs), args)
         reader = _READERS.get(name)
         reading = reader(self, func, *args, **kwargs) if reader is not None else None
         done = None if reading is None else self._through(reading)
@@ -80,15 +90,28 @@ class RawMatrices(TorchFunctionMode):
             return func(*args, **kwargs)
         return done if reading is None or reading.bias is None else done + reading.bias
 
-    def whose(self, tensor: Any) -> tuple[Owner, bool] | None:
-        """Whose matrix this is, and whether it is transposed."""
+    def whose(self, tensor: Any) -> Matrix | None:
+        """Which matrix this is."""
         if not isinstance(tensor, Tensor):
             return None
         owner = self._owners.get(id(tensor))
         if owner is not None:
-            return owner, False
-        turned: Owner | None = self._turned.get(tensor)
-        return None if turned is None else (turned, True)
+            return Matrix(owner)
+        found: Matrix | None = self._views.get(tensor)
+        return found
+
+    def _picked(self, out: Any, args: Any) -> Any:
+        """Take note of one entry along the first axis of a matrix, or of all of them one by one."""
+        found = self.whose(args[0]) if args else None
+        if found is not None and not found.turned:
+            for part in out if isinstance(out, tuple) else (out,):
+                if (
+                    part.shape == args[0].shape[1:]
+                    and part.ndim > 1
+                    and part.stride() == args[0].stride()[1:]
+                ):
+                    self._views[part] = found._replace(picked=found.picked + 1)
+        return out
 
 
 def port_of(kind: str, owner: Owner, axis: int) -> tuple[str, Port]:
@@ -101,9 +124,9 @@ def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = N
     found = mode.whose(weight)
     if found is None or weight.ndim != 2 or mode.whose(input) is not None:
         return None
-    owner, turned = found
-    read = ((-1, 1 - turned),)
-    return Reading(owner, input, read, int(turned), -1, weight.shape[-1], lambda x: func(x, weight), bias)
+    read, make = found.picked + 1 - found.turned, found.picked + found.turned
+    fan = weight.shape[-1]
+    return Reading(found.owner, input, ((-1, read),), make, -1, fan, lambda x: func(x, weight), bias)
 
 
 def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -126,18 +149,17 @@ def _added(
 
 
 def _product(
-    found: tuple[Owner, bool],
+    found: Matrix,
     x: Tensor,
     weight: Tensor,
     call: Callable[[Tensor], Tensor],
     bias: Tensor | None = None,
 ) -> Reading:
     """A vector, a matrix, or one matrix for each entry of the batch (the experts of a mixture)."""
-    owner, turned = found
-    read = max(0, weight.ndim - 2) if not turned else 1
-    make = None if weight.ndim == 1 else (weight.ndim - 1 if not turned else 0)
+    read, make = (1, 0) if found.turned else (max(0, weight.ndim - 2), weight.ndim - 1)
     fan = weight.shape[-2] if weight.ndim > 1 else len(weight)
-    return Reading(owner, x, ((-1, read),), make, -1, fan, call, bias)
+    makes = None if weight.ndim == 1 else make + found.picked
+    return Reading(found.owner, x, ((-1, read + found.picked),), makes, -1, fan, call, bias)
 
 
 def _conv(
@@ -152,14 +174,16 @@ def _conv(
     groups: int = 1,
 ) -> Reading | None:
     found = mode.whose(weight)
-    if found is None or groups != 1 or mode.whose(input) is not None:
+    if found is None or found.picked or groups != 1 or mode.whose(input) is not None:
         return None
     axis = 1 - weight.ndim
     if bias is not None:
         bias = bias.view(-1, *[1] * (weight.ndim - 2))
     rest = stride, padding, dilation, groups
     fan = weight.numel() // len(weight)
-    return Reading(found[0], input, ((axis, 1),), 0, axis, fan, lambda x: func(x, weight, None, *rest), bias)
+    return Reading(
+        found.owner, input, ((axis, 1),), 0, axis, fan, lambda x: func(x, weight, None, *rest), bias
+    )
 
 
 def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
@@ -169,7 +193,7 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
     for n in (0, 1):
         x, weight = args[2 - n], args[1 + n]
         found = mode.whose(weight)
-        if found is None or found[1] or mode.whose(x) is not None:
+        if found is None or found.turned or mode.whose(x) is not None:
             continue
         of_weight, of_x = terms.split(",")[n], terms.split(",")[1 - n]
         if "." in args[0] or len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
@@ -183,15 +207,16 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
             result: Tensor = func(args[0], *((weight, read) if first == 0 else (read, weight)))
             return result
 
-        make = of_weight.index(new[-1]) if new else None
+        make = of_weight.index(new[-1]) + found.picked if new else None
         at = out.index(new[-1]) if new else 0
-        reads = tuple((of_x.index(c), of_weight.index(c)) for c in gone)
-        fan = math.prod(weight.shape[axis] for _, axis in reads)
-        return Reading(found[0], x, reads, make, at, fan, call)
+        reads = tuple((of_x.index(c), of_weight.index(c) + found.picked) for c in gone)
+        fan = math.prod(weight.shape[of_weight.index(c)] for c in gone)
+        return Reading(found.owner, x, reads, make, at, fan, call)
     return None
 
 
 _TURNS = {"t", "transpose", "swapaxes", "adjoint"}
+_PICKS = {"__getitem__", "select", "unbind"}
 _TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _READERS: dict[str, Callable[..., Reading | None]] = {
     "linear": _linear,

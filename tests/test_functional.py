@@ -41,6 +41,8 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
     "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
     "experts": (lambda m, h: torch.bmm(h.expand(2, -1, -1), m.w).sum(0), (2, 5, 6)),
+    "experts one by one": (lambda m, h: h @ m.w[0] + F.linear(torch.sin(h), m.w[1].T), (2, 5, 6)),
+    "unbound": (lambda m, h: sum(torch.einsum("bi,oi->bo", h, w) for w in m.w.unbind()), (2, 6, 5)),
     "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
     "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
 }
@@ -53,7 +55,14 @@ def test_raw_matrices_grow_on_both_sides(name: str) -> None:
     arch = assert_grows(
         two_layers(call, w=matrix(*shape), b=matrix(6)), batch(), groups=["a", "(root)"], rounds=1
     )
-    added = name not in ("matmul, transposed", "einsum", "einsum of several", "experts")
+    added = name not in (
+        "matmul, transposed",
+        "einsum",
+        "einsum of several",
+        "experts",
+        "experts one by one",
+        "unbound",
+    )
     assert arch.group("(root)").dim == 5 * (2 if shape[0] == 2 else 1) + added
     assert "" in arch.group("a").consumers
 
@@ -258,6 +267,27 @@ def test_attention_of_raw_matrices_grows_in_its_values() -> None:
     # linear in the values up to the next reader: the cut is where the values are read
     assert not SplittingOperator(model, arch, [x], loss).dense(values).any()
     assert_grows(model, x, groups=list(arch.widths))
+
+
+def test_experts_in_one_tensor_grow() -> None:
+    """As in Hugging Face's mixtures: each expert's slice multiplies the samples that are sent to it."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        x = F.layer_norm(m.a(x), (5,))
+        shares, y = m.router(x).softmax(-1), torch.zeros_like(x)
+        for e in range(3):
+            rows = torch.where(shares.argmax(-1) == e)[0]
+            gate, up = F.linear(x[rows], m.gate_up[e]).chunk(2, dim=-1)
+            part = F.linear(F.silu(gate) * up, m.down[e])
+            y = y.index_add(0, rows, part * shares[rows, e, None])
+        return m.c(torch.tanh(x + y))
+
+    parts = {"gate_up": matrix(3, 12, 5), "down": matrix(3, 5, 6), "router": lin(5, 3)}
+    model = net(fwd, a=lin(3, 5), c=lin(5, 2), **parts)
+    x = batch(16)
+    arch = assert_grows(copy.deepcopy(model), x, groups=["(root)"])
+    assert arch.group("(root)").dim == 3 * 2 * 5
+    assert_fourth_order(model, arch, "(root)", x, loss_of(torch.randn(16, 2)))
 
 
 def test_values_of_linear_attention_grow() -> None:
