@@ -261,7 +261,7 @@ class SplittingCallback(Callback):
             report = self._grow(trainer, pl_module, *batches)
         except NothingToSplitError as error:
             if not error.frozen:  # it was otherwise on the first batch
-                rank_zero_warn(f"Nothing grows at epoch {epoch}, step {step}: {error}")
+                rank_zero_warn(f"A growth was due, and training goes on without it: {error}")
             self.trigger.fired(epoch=epoch, step=step)  # look again when the trigger says so again
             return
         self.trigger.fired(epoch=epoch, step=step)

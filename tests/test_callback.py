@@ -434,7 +434,7 @@ def test_a_run_goes_on_where_nothing_can_be_split_any_more(tmp_path: Path) -> No
 
     callback, module = two_splits(), Keeping()
     t = trainer(tmp_path, callback, max_epochs=2)
-    with pytest.warns(UserWarning, match="Nothing grows at epoch 1, step 3: No neuron.*'net'"):
+    with pytest.warns(UserWarning, match="due, and training goes on without it: No neuron.*'net'"):
         t.fit(module, loader())
     assert t.global_step == 6
     assert (module.net.hidden_size, callback.history) == (4, [])

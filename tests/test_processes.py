@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ class Distributed(Classifier):
 
     def on_train_epoch_end(self) -> None:
         self.log("plan", float(-self.current_epoch * self.global_rank), sync_dist=False)
+
+
+class Taught(Distributed):
+    """With a teacher that follows the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            for mine, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                mine.lerp_(other, 0.1)
 
 
 class ByHand(Distributed):
@@ -98,6 +112,8 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
     torch.manual_seed(rank + (0 if ckpt_path is None else 99))
     manual = case.get("manual", False)
     module = ByHand() if manual else Distributed(case.get("unused", False))
+    if case.get("taught"):
+        module = Taught()
     monitor = case.get("monitor", "plan")
     callback = two_splits(
         trigger=Plateau(monitor, **case.get("plateau", {"patience": 1, "min_delta": 0.5})),
@@ -227,6 +243,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "by hand, static graph": {"manual": True, "ddp": {"static_graph": True}},
         "by hand, unused": {"manual": True, "ddp": {"find_unused_parameters": True}},
         "average": {"ema": True},
+        "teacher": {"taught": True},
         "measured latency": {"latency": True},
     }
     for name, states in _run(tmp_path, cases=cases).items():
