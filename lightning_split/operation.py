@@ -171,11 +171,11 @@ def unified(op: Operation, parts: Sequence[Tensor], mixed: Sequence[int]) -> Ten
         op.refuse()
         return None
     owned = [t for t in parts if mode.get(t) is not None]
-    owned = [t for t in owned if not mode.constants.uniform(t)] or owned
-    found = [mode.get(t) for t in owned]
-    vary = [
-        any(v) for v in zip(*(mode.varying(labels) for labels in found if labels is not None), strict=True)
-    ]
+    solid = [t for t in owned if not mode.constants.uniform(t)] or owned
+    axes = {id(t): mode.varying(labels) for t in owned if (labels := mode.get(t)) is not None}
+    vary = [any(v) for v in zip(*(axes[id(t)] for t in solid), strict=True)]
+    # A constant as wide as some neurons (zeros_like) makes others as wide, if it lies along them.
+    found = [mode.get(t) for t in owned if any(t is s for s in solid) or axes[id(t)] == vary]
     if not vary or any(vary[d] for d in mixed):
         op.refuse(f"{op.name} picks or reorders neurons" if vary else None)
         return None

@@ -203,3 +203,30 @@ def test_no_boxes_are_found() -> None:
     """Nothing but empty tensors is joined; what no sample reaches is left alone, with the reason."""
     arch = trace(Detector(1e9), torch.randn(2, 1, 8, 8))
     assert "sends no sample" in {u.name: u.reason for u in arch.unsplittable}["hidden"]
+
+
+class SentToExperts(nn.Module):
+    """What an expert makes is added to zeros that are as wide as what was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.experts, self.out = nn.ModuleList(nn.Linear(5, 5) for _ in range(2)), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        chosen, y = self.router(h).argmax(-1), torch.zeros_like(h)
+        for e, expert in enumerate(self.experts):
+            rows = torch.where(chosen == e)[0]
+            y = y.index_add(0, rows, expert(h[rows]))
+        return self.out(torch.tanh(y))
+
+
+@pytest.mark.usefixtures("double")
+def test_zeros_as_wide_as_some_neurons_make_others_as_wide() -> None:
+    """The experts' outputs grow only together with what they read."""
+    model, x = SentToExperts(), torch.randn(12, 3)
+    randomise(model, x)
+    arch = assert_splits_exactly(model, x, rounds=2)
+    assert arch.widths == {"first": 5}
+    assert arch.groups[0].producers == ("first", "experts.0", "experts.1")
