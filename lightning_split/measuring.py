@@ -254,17 +254,29 @@ class OnCopies:
         return self._loss_fn(model, copied(batch))
 
 
-def copied(value: Any, depth: int = 8) -> Any:
+def copied(value: Any, known: dict[int, tuple[Any, Any]] | None = None) -> Any:
     """The same containers and objects anew, with detached clones of their tensors.
 
-    What cannot be copied stays as it is; what has a method ``clone`` is asked for one.
+    What occurs twice is copied once. What cannot be copied, and what lies beyond some thousands of objects,
+    stays as it is; what has a method ``clone`` is asked for one.
     """
+    known = {} if known is None else known
+    if value is None or isinstance(value, (*_ATOMS, nn.Module)) or len(known) > _MOST_COPIES:
+        return value
+    if id(value) not in known:
+        known[id(value)] = value, value  # for what holds itself; the original lives as long as its number
+        known[id(value)] = value, _copy_of(value, known)
+    return known[id(value)][1]
+
+
+_MOST_COPIES = 10_000
+
+
+def _copy_of(value: Any, known: dict[int, tuple[Any, Any]]) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
-    if value is None or depth == 0 or isinstance(value, (*_ATOMS, nn.Module)):
-        return value
     if isinstance(value, (list, tuple)):
-        parts = [copied(part, depth - 1) for part in value]
+        parts = [copied(part, known) for part in value]
         if type(value) in (list, tuple):
             return type(value)(parts)
         return value._make(parts) if hasattr(value, "_make") else copy(value)
@@ -276,9 +288,9 @@ def copied(value: Any, depth: int = 8) -> Any:
         return value
     if isinstance(new, MutableMapping):
         for key in list(new):
-            new[key] = copied(new[key], depth - 1)
+            new[key] = copied(new[key], known)
     elif hasattr(new, "__dict__"):  # frozen dataclasses, too
-        vars(new).update({name: copied(part, depth - 1) for name, part in vars(new).items()})
+        vars(new).update({name: copied(part, known) for name, part in vars(new).items()})
     return new
 
 

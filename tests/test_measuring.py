@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
 import torch
-from lightning_split.measuring import isolated_rng, tensors_in, undisturbed
+from lightning_split.measuring import copied, isolated_rng, tensors_in, undisturbed
 from torch import Tensor, nn
 
 
@@ -123,3 +123,24 @@ def test_tensors_are_found_in_any_batch() -> None:
         1,
         2,
     ]
+
+
+def test_copies_of_batches_are_whole_and_keep_what_is_the_same() -> None:
+    """Nested containers and objects are new, a tensor in two places is one again, cycles end."""
+
+    class Item:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.x, self.itself = x, self
+
+    x = torch.ones(2, requires_grad=True)
+    batch = {"a": [x, (x, "text")], "item": Item(x), "own": OrderedDict(n=3)}
+    new = copied(batch)
+    assert new["a"][0] is new["a"][1][0] is new["item"].x
+    assert new["a"][0] is not x
+    assert new["a"][0].requires_grad
+    assert new["a"][0].is_leaf
+    assert (type(new["own"]), new["a"][1][1]) == (OrderedDict, "text")
+    new["own"]["n"] = 4
+    del new["a"][1:]
+    assert (batch["own"]["n"], len(batch["a"])) == (3, 2)
+    assert batch["item"].x is x
