@@ -34,8 +34,8 @@ class SteepestSplitting(PredictingGrower):
         max_offspring: At most so many offspring per neuron: 2, 3 or 4.
         signed: Allow negative offspring weights.
         c: Bound on the sum of the absolute offspring weights; 1 allows no negative ones.
-        solver: Finds the extreme eigenpairs. Of the same cost, eight products with twice the batches find
-            better directions than sixteen (benchmarks/rayleigh_quality.py).
+        solver: Finds the extreme eigenpairs. Eight products with twice the batches find better
+            directions than sixteen (benchmarks/rayleigh_quality.py).
 
     Raises:
         ValueError: If ``max_offspring`` is not 2, 3 or 4, or ``c`` is below 1.
