@@ -24,11 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 224  # of the images that are traced
+EXACT = 1e-9  # the deviation that is asked for
 # Smaller images for the proof in float64; 7 x 7 maps and larger where a flattened map has to vary in space.
-# EfficientNet is deep and its last maps are small: the statistics of a few values make much of rounding.
+# EfficientNets larger than those of other models: at 64 pixels two of them deviate by more than 1e-9.
 SMALL = {"alexnet": 127, "inception_v3": 299, "googlenet": 96, "maxvit_t": 224}
-# Of the random parameters; those of seed 0 make a network that enlarges rounding ten million times.
-SEEDS = {"efficientnet_b7": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
@@ -131,7 +130,7 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def deviation(name: str) -> float:
+def deviation(name: str, seed: int = 0) -> float:
     """Split one or two random neurons of every group, in float64, and return how much the outputs change.
 
     All parameters and BatchNorm statistics are random. Copies with unequal weights and ghosts (offspring of
@@ -142,7 +141,6 @@ def deviation(name: str) -> float:
     import exactness
     import torch
 
-    seed = SEEDS.get(name, 0)
     torch.manual_seed(seed)
     size = SMALL.get(name, 128 if name.startswith("efficientnet") else 64)
     options = {"image_size": 56 if name == "vit_h_14" else 64} if name.startswith("vit") else {}
@@ -201,8 +199,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     )
     proven = [r for r in rows if r["deviation"] is not None]
     if proven:
-        worst = max(proven, key=lambda r: r["deviation"])
-        found += f"; no output deviates by more than {told(worst['deviation'])} ({worst['name']})"
+        above = [f"{r['name']} ({told(r['deviation'])})" for r in proven if r["deviation"] > EXACT]
+        found += f"; outputs deviate by at most {EXACT:.0e} in {len(proven) - len(above)} models"
+        found += f", and by more in {' and '.join(above)}" if above else ""
     return textwrap.fill(f"{found}.", 110)
 
 
