@@ -79,6 +79,8 @@ class Architecture:
     # uses: how often each weight of a layer is used for one sample (spatial positions, repeated calls)
     multiplied: Mapping[tuple[str, str], float] = field(default_factory=dict, repr=False)
     # multiplied: the same for each entry of a raw matrix, by the path of its module and its name
+    across: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
+    # across: of the uses of a layer over positions, how many each neuron causes, by its id
 
     note: str = ""  # what tracing could not look at, as a sentence
 

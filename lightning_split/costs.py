@@ -277,4 +277,4 @@ def as_cost(cost: CostLike) -> Cost:
 
 def _mac_terms(context: GrowthContext) -> list[Product]:
     found = weights(context.model, context.arch)
-    return [replace(size, factor=uses) for _, size, uses in found if uses]
+    return [Product(1.0, (*size.axes, uses)) for _, size, uses in found if uses.size]

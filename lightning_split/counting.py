@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,11 +36,16 @@ def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None =
     batch, per sample; what activations are multiplied with each other is not counted.
     """
     after: Mapping[Tensor, Tensor] = {}
+    more: dict[int, int] = {}  # offspring beyond the first, by the id of the neuron
     if surgery is not None:
         after = {old: found.new for old, found in surgery.replaced.items()}
+        more = {
+            arch.group(split.group).neurons[split.neuron]: len(split.weights) - 1 for split in surgery.splits
+        }
     params = sum(after.get(p, p).numel() for p in model.parameters())
     macs = 0.0
-    for path, uses in arch.uses.items():
+    for path, now in arch.uses.items():
+        uses = now + sum(more.get(i, 0) * each for i, each in arch.across.get(path, {}).items())
         for tensor, axes in layer_tensors(model.get_submodule(path)).values():
             if axes and tensor.ndim > 1:
                 macs += after.get(tensor, tensor).numel() * uses
@@ -55,7 +60,7 @@ class WeightSize(NamedTuple):
 
     tensor: Tensor
     size: Product  # its number of elements
-    uses: float  # how often each of its entries is multiplied for one sample
+    uses: Axis  # how often each of its entries is multiplied for one sample
 
 
 def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
@@ -79,10 +84,10 @@ def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
                     for g, count in groups.on(arch.ports.get((path, block.port))).items():
                         growth[g] = growth.get(g, 0.0) + count * block.multiple
                 sizes.append(Axis(float(length), tuple(growth.items())))
-            if name in ruled:
-                uses = arch.uses.get(path, 0.0) if tensor.ndim > 1 else 0.0
+            if name not in ruled:
+                uses = Axis(arch.multiplied.get((path, name), 0.0))
             else:
-                uses = arch.multiplied.get((path, name), 0.0)
+                uses = groups.uses(arch, path) if tensor.ndim > 1 else Axis(0.0)
             yield WeightSize(tensor, Product(1.0, tuple(sizes)), uses)
 
 
@@ -91,7 +96,8 @@ class _Groups:
 
     def __init__(self, arch: Architecture) -> None:
         self._groups = arch.groups
-        most = max((int(p.neuron.max(initial=-1)) for p in arch.ports.values()), default=-1)
+        ids = [p.neuron.max(initial=-1) for p in arch.ports.values()]
+        most = int(max([*ids, *(i for each in arch.across.values() for i in each)], default=-1))
         self._group = np.full(most + 2, -1)  # the last entry stands for "no neuron" (-1)
         for k, group in enumerate(arch.groups):
             self._group[list(group.neurons)] = k
@@ -103,6 +109,15 @@ class _Groups:
         owners = self._group[port.neuron]
         counts = np.bincount(owners[owners >= 0], minlength=len(self._groups))
         return {self._groups[k].name: counts[k] / self._groups[k].width for k in np.flatnonzero(counts)}
+
+    def uses(self, arch: Architecture, path: str) -> Axis:
+        """How often a layer is used, and how much more for one more neuron if it mixes their positions."""
+        growth: dict[str, float] = defaultdict(float)
+        for i, each in arch.across.get(path, {}).items():
+            k = int(self._group[i])
+            if k >= 0:
+                growth[self._groups[k].name] += each / self._groups[k].width
+        return Axis(arch.uses.get(path, 0.0), tuple(growth.items()))
 
 
 def port_axis(arch: Architecture, path: str, port: Port, size: int) -> Axis:
@@ -123,8 +138,13 @@ class LayerCall(NamedTuple):
     output: Any
 
 
-def layer_calls(context: GrowthContext) -> list[LayerCall]:
-    """Every call of a traced layer while the first batch goes through the network, in eval mode."""
+def layer_calls(context: GrowthContext, also: Iterable[str] = ()) -> list[LayerCall]:
+    """Every call of a traced layer while the first batch goes through the network, in eval mode.
+
+    Args:
+        context: The network and its batches.
+        also: Paths of further layers to watch.
+    """
     calls: list[LayerCall] = []
 
     def hook(path: str) -> Any:
@@ -136,7 +156,7 @@ def layer_calls(context: GrowthContext) -> list[LayerCall]:
     handles = []
     with undisturbed(context.model, train=False, seed=context.seed):
         try:
-            for path in dict.fromkeys(path for path, _ in context.arch.ports):
+            for path in dict.fromkeys([*(path for path, _ in context.arch.ports), *also]):
                 layer = context.model.get_submodule(path)
                 if rule_for(layer) is not None:
                     handles.append(layer.register_forward_hook(hook(path), with_kwargs=True))
@@ -167,7 +187,8 @@ class OutputSize(NamedTuple):
 def outputs(context: GrowthContext) -> Iterator[OutputSize]:
     """What every call of a traced layer writes for one sample, and how it grows."""
     samples = batch_size(context.batches[0])
-    for call in layer_calls(context):
+    groups = _Groups(context.arch)
+    for call in layer_calls(context, also=context.arch.across):
         rule = rule_for(call.layer)
         tensor = next(iter(tensors_in(call.output)), None)
         if rule is None or tensor is None or not tensor.numel():
@@ -181,5 +202,9 @@ def outputs(context: GrowthContext) -> Iterator[OutputSize]:
             and length % max(1, len(context.arch.ports[path, port].neuron)) == 0
         ]  # fmt: skip
         size = port_axis(context.arch, call.path, ports[0], length) if ports else Axis(float(length))
-        factor = tensor.numel() / length / samples
-        yield OutputSize(Product(factor, (size,)), torch.empty((), dtype=tensor.dtype).element_size())
+        lines = Axis(tensor.numel() / length / samples)
+        uses = groups.uses(context.arch, call.path)
+        if uses.growth:  # of all its calls
+            share = lines.size / uses.size
+            lines = Axis(lines.size, tuple((g, each * share) for g, each in uses.growth))
+        yield OutputSize(Product(1.0, (size, lines)), torch.empty((), dtype=tensor.dtype).element_size())

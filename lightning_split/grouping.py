@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose
 
 __all__ = ["Findings"]
 
+Mask = npt.NDArray[np.bool_]
 _STARVED = "the traced batch sends no sample through the layer that makes them"
 _REFUSED_IN_USE = "no layer that tracing sees reads them"
 
@@ -48,6 +50,8 @@ class Findings:
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     multiplied: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    across: dict[str, list[tuple[Index, Index, float]]] = field(default_factory=lambda: defaultdict(list))
+    # across: of each call of a layer over positions the ids whose values it mixes, how often, and a scale
     leaked: dict[tuple[str, str], str] = field(default_factory=dict)  # tensors used elsewhere, and by what
     declined: dict[str, tuple[str, int]] = field(default_factory=dict)  # refused layers: reason and width
 
@@ -77,7 +81,18 @@ class Findings:
         kinds: dict[tuple[Any, str | None], list[int]] = defaultdict(list)
         for i in sorted(places):
             kinds[tuple(sorted(places[i].items())), reasons.get(i)].append(i)
-        return self._named(kinds, ports)
+        return self._named(kinds, ports, self._uses_across(neuron, made))
+
+    def _uses_across(self, neuron: Index, made: Mask) -> dict[str, dict[int, float]]:
+        """For each layer over positions the uses that each neuron causes."""
+        found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        for path, calls in self.across.items():
+            for ids, counts, scale in calls:
+                owners = np.append(neuron, -1)[ids]
+                for i, count in zip(owners.tolist(), counts.tolist(), strict=True):
+                    if i >= 0 and made[i]:
+                        found[path][i] += count * scale
+        return {path: dict(each) for path, each in found.items()}
 
     def loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
         """The ids along an axis of a loose tensor."""
@@ -142,14 +157,17 @@ class Findings:
         return found
 
     def _named(
-        self, kinds: Mapping[tuple[Any, str | None], list[int]], ports: Mapping[PortKey, PortMap]
+        self,
+        kinds: Mapping[tuple[Any, str | None], list[int]],
+        ports: Mapping[PortKey, PortMap],
+        across: Mapping[str, Mapping[int, float]],
     ) -> Architecture:
         order = {key: n for n, key in enumerate(ports)}
         groups, unsplittable = [], []
         used: dict[str, int] = defaultdict(int)
         for (signature, reason), members in sorted(kinds.items(), key=lambda kv: kv[1][0]):
             keys = sorted((key for key, _ in signature), key=order.__getitem__)
-            group = self._group(keys, members, ports)
+            group = self._group(keys, members, ports, across)
             used[group.name] += 1
             if used[group.name] > 1:
                 group = dataclasses.replace(group, name=f"{group.name}#{used[group.name]}")
@@ -165,6 +183,7 @@ class Findings:
             ports,
             dict(self.uses),
             dict(self.multiplied),
+            across,
             self._not_called(),
         )
 
@@ -181,7 +200,11 @@ class Findings:
         return f"Layers that no pass called do not grow with the others: {named}."
 
     def _group(
-        self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
+        self,
+        keys: list[PortKey],
+        members: list[int],
+        ports: Mapping[PortKey, PortMap],
+        across: Mapping[str, Mapping[int, float]],
     ) -> ChannelGroup:
         by_kind = {
             kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
@@ -208,6 +231,9 @@ class Findings:
                     if isinstance(tensor, nn.Parameter):
                         params += size
                         macs += size * self._uses_of(path, name, tensor)
+        for path, each in across.items():
+            entries = sum(t.numel() for t, _ in layer_tensors(self.layers[path]).values() if t.ndim > 1)
+            macs += entries * sum(each.get(i, 0.0) for i in members) / len(members)
         return ChannelGroup(
             name=by_kind["out"][0] or "(root)",
             width=len(members),

@@ -154,6 +154,11 @@ class Surgery:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What it does."""
+        return self._splits
+
     # what lies where after apply ------------------------------------------------------------------
 
     def layout(self, path: str, port: Port) -> Tensor | None:

@@ -173,8 +173,23 @@ class Tracer(Watcher):
         for tensor in tensors_in(output):
             width = tensor.shape[rule.neuron_axis(layer, tensor)]
             self.found.declined[path] = "they are positions of other neurons, which can be split", width
-        self._count(path, layer, tensors_in((args, kwargs)), output)
+        inputs = tensors_in((args, kwargs))
+        self._count(path, layer, inputs, output)
+        self._count_across(path, layer, inputs[0], output)
         return output
+
+    def _count_across(self, path: str, layer: nn.Module, x: Tensor, output: Any) -> None:
+        """Note which neurons a layer over positions is used for, each as often as it has values there."""
+        labels, first = self._mode.get(x), next(iter(tensors_in(output)), None)
+        if not self.count_uses or labels is None or first is None:
+            return
+        rule = self.found.rules[path]
+        with BookKeeping():
+            lines = labels.expand(x.shape).narrow(rule.neuron_axis(layer, x), 0, 1)
+            stored = stored_once(lines)
+            ids, counts = torch.unique(stored, return_counts=True)
+        scale = rule.positions(layer, x, first) / (stored.numel() * self._batch_size)
+        self.found.across[path].append((ids.numpy(), counts.numpy(), scale))
 
     def _declined(
         self, path: str, layer: nn.Module, rule: LayerRule, why: str, args: Any, kwargs: Any

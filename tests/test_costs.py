@@ -37,7 +37,7 @@ from networks import CASES, loss_of, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
-COUNTED = ["mlp", "residual", "dense", "separable", "gated", "grouped", "shared", "scaled"]
+COUNTED = ["mlp", "residual", "dense", "separable", "gated", "grouped", "shared", "scaled", "positions"]
 
 
 class LayerScale(nn.Module):
@@ -84,10 +84,27 @@ class Raw(nn.Module):
         return self.out(torch.tanh(torch.bmm(x, self.d)).sum(0))
 
 
+class Positions(nn.Module):
+    """Layers that mix positions run once for every neuron that passes; one of them twice, over two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.time, self.mid = nn.Conv1d(2, 6, 1), nn.Linear(5, 5), nn.Conv1d(6, 4, 1)
+        self.rows, self.out = nn.Conv1d(5, 3, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.lift(x))
+        x = torch.tanh(self.mid(x + torch.tanh(self.time(x))))
+        x = x + torch.tanh(self.time(x))
+        return self.out(torch.tanh(self.rows(x.transpose(1, 2))).mean(1))
+
+
 def problem(name: str) -> tuple[nn.Module, Tensor, Any]:
     """A network, its inputs, and a loss."""
     if name == "scaled":
         model, x = LayerScale().eval(), torch.randn(3, 2, 5, 5)
+    elif name == "positions":
+        model, x = Positions().eval(), torch.randn(3, 2, 5)
     elif name == "raw":
         model, x = Raw().eval(), torch.randn(3, 2, 7, 7)
     else:
