@@ -14,10 +14,9 @@ from lightning_split.architecture import Architecture, PortMap
 from lightning_split.context import GrowthContext
 from lightning_split.layers import Port, layer_tensors, port_kind, rule_for
 from lightning_split.loose import growing_tensors
-from lightning_split.measuring import tensors_in, undisturbed
+from lightning_split.measuring import batch_size, tensors_in, undisturbed
 from lightning_split.pricing import Axis, Product
 from lightning_split.surgery import Surgery
-from lightning_split.verification import batch_size
 
 __all__ = ["LayerCall", "NetworkCost", "layer_calls", "network_cost", "outputs", "port_axis", "weights"]
 

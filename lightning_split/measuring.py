@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_split.layers import keeps_batch_statistics
 
 __all__ = [
+    "batch_size",
     "fixed_statistics",
     "gradients_only_for",
     "is_written",
@@ -299,6 +300,11 @@ def fixed_statistics(model: nn.Module) -> None:
     for layer in model.modules():
         if keeps_batch_statistics(layer):
             layer.eval()
+
+
+def batch_size(example: Any) -> int:
+    """Leading dimension of the first tensor with dimensions: the number of samples in a batch."""
+    return next((max(1, t.shape[0]) for t in tensors_in(example) if t.ndim), 1)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

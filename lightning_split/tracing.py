@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture
 from lightning_split.followers import led
 from lightning_split.layers import is_uninitialized
-from lightning_split.measuring import tensors_in
+from lightning_split.measuring import batch_size, tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
 from lightning_split.tracer import Tracer
-from lightning_split.verification import Run, batch_size, verified_sizes, verified_values
+from lightning_split.verification import Run, verified_sizes, verified_values
 
 __all__ = ["trace", "trace_step"]
 

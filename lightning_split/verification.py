@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_split.architecture import Architecture
-from lightning_split.layers import Port, layer_tensors
+from lightning_split.counting import network_cost
+from lightning_split.layers import Port
 from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import fixed_statistics, tensors_in, undisturbed
+from lightning_split.measuring import batch_size, fixed_statistics, tensors_in, undisturbed
 from lightning_split.surgery import Split, Surgery
 from lightning_split.trials import all_haunted, multiplied, one_of_each, portions
 
-__all__ = ["Readings", "Run", "batch_size", "readings", "verified_sizes", "verified_values", "what_broke"]
+__all__ = ["Readings", "Run", "readings", "verified_sizes", "verified_values", "what_broke"]
 
 Run = Callable[[nn.Module, Any], Any]  # run(model, example)
 
@@ -214,7 +215,7 @@ def verified_values(
         example: The example.
         compare_outputs: Whether the values of the output may not change either.
     """
-    size, macs = batch_size(example), _macs(model, arch)
+    size, macs = batch_size(example), network_cost(model, arch).macs
     samples = min(size, _SAMPLES if macs < _LARGE_MACS else 1)
     if macs * samples > _MAX_MACS:
         return _sizes_only(arch, "the network is large")
@@ -319,26 +320,6 @@ def _pass(model: nn.Module, run: Run, example: Any, train: bool, graph: bool, va
     with undisturbed(model, train=train), torch.set_grad_enabled(graph):
         fixed_statistics(model)
         return readings(model, lambda m: run(m, example), values=values)
-
-
-def _macs(model: nn.Module, arch: Architecture) -> float:
-    """Multiply-accumulates of the layers with a rule and of raw matrices, for one sample."""
-    found = [
-        uses * tensor.numel()
-        for path, uses in arch.uses.items()
-        for tensor, _ in layer_tensors(model.get_submodule(path)).values()
-        if tensor.ndim > 1
-    ]
-    raw = [
-        uses * model.get_submodule(path).get_parameter(name).numel()
-        for (path, name), uses in arch.multiplied.items()
-    ]
-    return sum(found) + sum(raw)
-
-
-def batch_size(example: Any) -> int:
-    """Leading dimension of the first tensor with dimensions: the number of samples in a batch."""
-    return next((max(1, t.shape[0]) for t in tensors_in(example) if t.ndim), 1)
 
 
 def _few_samples(example: Any, size: int, samples: int) -> Any:

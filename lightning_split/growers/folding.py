@@ -19,10 +19,9 @@ from lightning_split.growers.ghosts import Ghosts, Vectors, averaged
 from lightning_split.growers.newneurons import Newcomers, NewcomersDraft, downhill
 from lightning_split.layers import Port, port_kind, rule_for
 from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import undisturbed
+from lightning_split.measuring import batch_size, undisturbed
 from lightning_split.splits import weights_of
 from lightning_split.stepsize import StepSize
-from lightning_split.verification import batch_size
 
 __all__ = ["Folding", "Instance", "fold_point", "steepest_turn", "typical_instances"]
 
