@@ -1,6 +1,5 @@
 """Grow the width of a network while it trains, by splitting neurons."""
 
-import lightning_split.composites  # noqa: F401  (registers the rules of recurrence and attention)
 from lightning_split.budgets import Target
 from lightning_split.callback import SplittingCallback
 from lightning_split.checkpoint import enable_growth, fit_to_state_dict, load_grown

@@ -22,9 +22,9 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
-from lightning_split.labels import NeuronTable
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
 from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose_size
+from lightning_split.neurons import NeuronTable
 
 __all__ = ["Findings"]
 

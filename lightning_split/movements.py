@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_split.labels import FIXED, LabelMode, stored_once
+from lightning_split.labels import LabelMode, stored_once
+from lightning_split.neurons import FIXED
 from lightning_split.operation import Action, Operation, along, kept, narrowed, spread, unified
 
 __all__ = ["MOVEMENTS"]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_split.barriers import BARRIERS, MIXED, READ, barrier
 from lightning_split.constants import DRAWN, is_pointwise
-from lightning_split.labels import FIXED, Handler
+from lightning_split.labels import Handler
 from lightning_split.movements import MOVEMENTS
+from lightning_split.neurons import FIXED
 from lightning_split.operation import NOISE, Action, Operation, along, kept, narrowed, spread, unified
 from lightning_split.products import attention, convolution, matmul
 

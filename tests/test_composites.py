@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning_split import fit_to_state_dict, split_neurons, trace
 from lightning_split.architecture import Architecture
-from lightning_split.composites import WideMultiheadAttention
 from lightning_split.curvature import SplittingOperator
 from lightning_split.layers import rule_for
+from lightning_split.layers.attention import WideMultiheadAttention
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import tensors_in
 from lightning_split.optim import carry_state

@@ -1,19 +1,18 @@
 """Layer rules: what the library must know about a type of layer.
 
-The files of this package and ``composites.py`` (layers with several ports: attention, recurrence) are the
-only ones that name layer classes. A rule answers four questions about a layer: along which axis of its
-activations the neurons lie, which axes of its tensors run along the neurons that it reads (port ``"in"``),
-makes (``"out"``) or passes on (``"through"``), how its attributes follow when those axes grow, and why it
-cannot be grown, if it cannot.
+The files of this package are the only ones that name layer classes. A rule answers four questions about a
+layer: along which axis of its activations the neurons lie, which axes of its tensors run along the neurons
+that it reads (port ``"in"``), makes (``"out"``) or passes on (``"through"``), how its attributes follow when
+those axes grow, and why it cannot be grown, if it cannot.
 
 ``rule.py`` states what a rule is, ``registry.py`` finds the one that holds for a layer, ``standins.py`` has
-those for layers that are refused or derived from others; ``affine.py``, ``convolution.py`` and
-``channelwise.py`` are the built-in rules, which register themselves when they are imported.
+those for layers that are refused or derived from others; the other files are the built-in rules, which
+register themselves when they are imported.
 """
 
 from __future__ import annotations
 
-from lightning_split.layers import affine, convolution  # noqa: F401  (they register their rules)
+from lightning_split.layers import affine, attention, convolution, recurrence  # noqa: F401  (their rules)
 from lightning_split.layers.channelwise import keeps_batch_statistics
 from lightning_split.layers.registry import (
     RuleSource,

@@ -1,13 +1,14 @@
-"""Rules for layers that are one matrix: linear layers and embeddings."""
+"""Rules for layers that are one array of weights: linear and bilinear layers, embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_split.layers.registry import for_class_named, register_layer_rule
-from lightning_split.layers.rule import AxisPorts, LayerRule, Port
+from lightning_split.layers.rule import AxisPorts, LayerRule, Marks, Port
 
 __all__: list[str] = []
 
@@ -73,6 +74,29 @@ class _Embedding(LayerRule):
         return None
 
 
+class _Bilinear(LayerRule):
+    """``nn.Bilinear``: linear in the neurons of each of its two inputs."""
+
+    role = "mixer"
+
+    def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
+        return {"weight": {0: "out", 1: "in:first", 2: "in:second"}, "bias": {0: "out"}}
+
+    def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
+        assert isinstance(layer, nn.Bilinear)
+        layer.in1_features, layer.in2_features = sizes["in:first"], sizes["in:second"]
+        layer.out_features = sizes["out"]
+
+    def neuron_axis(self, layer: nn.Module, activation: Tensor) -> int:
+        return -1
+
+    def forward(self, layer: nn.Module, marks: Marks, *args: Any, **kwargs: Any) -> Any:
+        first, second = (*args, *(kwargs[name] for name in ("input1", "input2") if name in kwargs))
+        read = marks.read("in:first", first, -1), marks.read("in:second", second, -1)
+        return marks.made("out", marks.own(*read), -1)
+
+
 register_layer_rule(nn.Linear, _Linear())
 register_layer_rule(nn.Embedding, _Embedding())
 register_layer_rule(nn.EmbeddingBag, _Embedding())
+register_layer_rule(nn.Bilinear, _Bilinear())

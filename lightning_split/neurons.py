@@ -1,0 +1,86 @@
+"""The neurons that a trace meets: which exist, which are one and the same, which are barred and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+__all__ = ["FIXED", "Ids", "NeuronTable"]
+
+Ids = npt.NDArray[np.int64]
+FIXED = -1  # label of an element that belongs to no neuron
+
+
+class NeuronTable:
+    """Ids of all channel positions that layers produce, and what was found out about them.
+
+    An *id* is one position on the output of a producer. Ids that are *tied* are one neuron; ids that are
+    *fused* are, in addition, neighbours that must stay together as one block.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._ties: list[Ids] = []  # each (2, n)
+        self._runs = np.arange(0)
+        self._lookup: Tensor | None = None
+        self._reasons: dict[int, str] = {}
+
+    def mint(self, count: int) -> Ids:
+        """New ids for the outputs of a producer."""
+        ids = np.arange(self.size, self.size + count, dtype=np.int64)
+        self.size += count
+        self._runs = np.concatenate([self._runs, ids])
+        self._lookup = None
+        return ids
+
+    def tie(self, a: Ids, b: Ids) -> None:
+        """Declare ``a[i]`` and ``b[i]`` the same neuron."""
+        self._ties.append(np.stack([a, b]))
+
+    def fuse(self, ids: Ids) -> bool:
+        """Declare neighbouring ids one block; ``False`` if they are not neighbours."""
+        members = np.flatnonzero(np.isin(self._runs, self._runs[ids]))  # whole blocks fuse
+        if len(members) != members[-1] - members[0] + 1:
+            return False
+        self._runs[members] = members[0]
+        self._lookup = None
+        return True
+
+    def join(self, rows: Tensor) -> bool:
+        """Make each row of neighbouring ids one neuron, which moves as a block; ``False`` if it cannot be."""
+        for row in rows.numpy():
+            if (row >= 0).any():
+                if (row < 0).any() or not self.fuse(row):
+                    return False
+                self.tie(row[:-1], row[1:])
+        return True
+
+    def runs(self, labels: Tensor) -> Tensor:
+        """Labels with every id replaced by its block's first id (``-1`` stays)."""
+        if self._lookup is None:
+            self._lookup = torch.from_numpy(np.append(self._runs, FIXED))
+        return self._lookup[labels]  # index -1 is the appended FIXED
+
+    def bar(self, ids: Iterable[int], reason: str) -> None:
+        """Mark neurons as unsplittable; the first reason given is kept."""
+        for i in ids:
+            if i >= 0:
+                self._reasons.setdefault(i, reason)
+
+    def resolve(self) -> tuple[Ids, Ids, dict[int, str]]:
+        """For each id its neuron (smallest tied id) and its block; and why barred neurons are barred."""
+        a, b = np.concatenate([np.stack([np.arange(self.size), self._runs]), *self._ties], axis=1)
+        edges = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(self.size, self.size))
+        _, component = connected_components(edges, directed=False)
+        _, first = np.unique(component, return_index=True)
+        neuron = first[component].astype(np.int64)
+        reasons: dict[int, str] = {}
+        for i, reason in self._reasons.items():
+            reasons.setdefault(int(neuron[i]), reason)
+        return neuron, self._runs.copy(), reasons
