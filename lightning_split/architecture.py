@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lightning_split.layers import Port
 
-__all__ = ["Architecture", "ChannelGroup", "PortMap", "ThetaBlock", "Unsplittable"]
+__all__ = ["Architecture", "ChannelGroup", "Counted", "PortMap", "ThetaBlock", "Unsplittable", "Written"]
 
 Index = npt.NDArray[np.int64]
 PortKey = tuple[str, Port]
@@ -34,6 +34,28 @@ class ThetaBlock(NamedTuple):
     axis: int  # axis of the tensor along which neurons lie
     rows: Index  # (width, r) entries of that axis that each neuron owns
     size: int  # number of scalars per neuron: r x (elements of one entry)
+
+
+class Counted(NamedTuple):
+    """A number per sample that grows with neurons: a factor times sizes."""
+
+    factor: float
+    axes: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
+    # axes: a size, and for each neuron by its id how many entries of it belong to the neuron
+
+    def led(self, leaders: Mapping[int, int]) -> Counted:
+        """The same with some neurons taken for others, with which they grow."""
+        return self._replace(
+            axes=tuple((size, tuple((leaders.get(i, i), n) for i, n in own)) for size, own in self.axes)
+        )
+
+
+class Written(NamedTuple):
+    """What one call of a layer writes, or a product with a raw matrix."""
+
+    values: Counted
+    bytes_each: int
+    axis: int | None  # along which neurons lie, from the end
 
 
 @dataclass(frozen=True)
@@ -79,9 +101,12 @@ class Architecture:
     # uses: how often each weight of a layer is used for one sample (spatial positions, repeated calls)
     multiplied: Mapping[tuple[str, str], float] = field(default_factory=dict, repr=False)
     # multiplied: the same for each entry of a raw matrix, by the path of its module and its name
-    across: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
-    # across: of the uses of a layer over positions, how many each neuron causes, by its id
-
+    made: Mapping[PortKey, float] = field(default_factory=dict, repr=False)
+    # made: the same for each row on a port, of layers that read inputs of several lengths
+    products: tuple[Counted, ...] = field(default=(), repr=False)
+    # products: MACs of activations with each other, and of weights over positions
+    written: Mapping[str, tuple[Written, ...]] = field(default_factory=dict, repr=False)
+    # written: what each call of a layer writes, by its path; and what raw matrices write
     note: str = ""  # what tracing could not look at, as a sentence
 
     def group(self, name: str) -> ChannelGroup:

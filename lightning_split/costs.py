@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lightning_split.architecture import ChannelGroup
 from lightning_split.context import GrowthContext
-from lightning_split.counting import outputs, weights
+from lightning_split.counting import macs, outputs, params, weights
 from lightning_split.pricing import Prices, Product
 
 __all__ = [
@@ -67,43 +67,38 @@ class Params(Cost):
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        counted = {id(p): p.numel() for p in context.model.parameters()}
-        rest, terms, seen = sum(counted.values()), list[Product](), set[int]()
-        for tensor, size, _ in weights(context.model, context.arch):
-            if id(tensor) in counted and id(tensor) not in seen:
-                seen.add(id(tensor))
-                terms.append(size)
-                rest -= tensor.numel()
-        return Prices.of(terms, float(rest), "params")
+        return params(context.model, context.arch)
 
 
 @dataclass(frozen=True)
 class Macs(Cost):
     """Multiply-accumulates for one sample, at the true spatial sizes.
 
-    Those of the layers that have a rule and of raw matrices; what activations are multiplied with each other
-    (the scores of attention) is not counted.
+    Those of all matrix products and convolutions: of layers, of raw matrices, and of activations with each
+    other (the scores of attention, and what they weigh). As torch's counter of floating-point operations
+    counts them, at two operations each; it passes over kernels that it does not know, such as the fused
+    attention on the CPU.
     """
 
     unit = "macs"
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        return Prices.of(_mac_terms(context), unit="macs")
+        return macs(context.model, context.arch)
 
 
 @dataclass(frozen=True)
 class Activations(Cost):
-    """Activation memory: values that the layers with a rule write for one sample.
+    """Activation memory: values that layers, and products with raw matrices, write for one sample.
 
-    Cost: one forward pass over the first batch.
+    Pointwise functions and products of activations with each other are left out.
     """
 
     unit = "activations"
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        return Prices.of([found.size for found in outputs(context)], unit="activations")
+        return Prices.of([found.size for found in outputs(context.arch)], unit="activations")
 
 
 @dataclass(frozen=True)
@@ -145,17 +140,20 @@ class Energy(Cost):
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        terms = [replace(t, factor=t.factor * self.mac) for t in _mac_terms(context)]
-        if self.byte:
-            seen = set[int]()
-            for tensor, size, _ in weights(context.model, context.arch):
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    each = tensor.element_size() * self.byte / self.batch_size
-                    terms.append(replace(size, factor=each))
-            for size, each in outputs(context):
-                terms.append(replace(size, factor=size.factor * 2 * each * self.byte))
-        return Prices.of(terms, unit="pJ")
+        model, arch = context.model, context.arch
+        found = list(weights(model, arch))
+        reading = self.byte / self.batch_size
+        left = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+        terms, seen = list[Product](), set[int]()
+        for tensor, size, _ in found:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                left.pop(id(tensor), None)
+                terms.append(replace(size, factor=tensor.element_size() * reading))
+        for size, each in outputs(arch):
+            terms.append(replace(size, factor=size.factor * 2 * each * self.byte))
+        traffic = Prices.of(terms, sum(left.values()) * reading)
+        return macs(model, arch, found).times(self.mac).plus(traffic, "pJ")
 
 
 @dataclass(frozen=True)
@@ -273,8 +271,3 @@ def as_cost(cost: CostLike) -> Cost:
             "of Cost, or a function that maps a channel group to the cost of one more neuron."
         )
     return PerNeuron(cost)
-
-
-def _mac_terms(context: GrowthContext) -> list[Product]:
-    found = weights(context.model, context.arch)
-    return [Product(1.0, (*size.axes, uses)) for _, size, uses in found if uses.size]

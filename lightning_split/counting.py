@@ -1,57 +1,94 @@
-"""Counting a network: its tensors and what its layers write, as functions of the widths of its groups."""
+"""Counting a network: its tensors, products and outputs, as functions of the widths of its groups."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture, PortMap
+from lightning_split.architecture import Architecture, Counted, PortMap
 from lightning_split.context import GrowthContext
-from lightning_split.layers import Port, layer_tensors, port_kind, rule_for
+from lightning_split.layers import Block, Port, layer_tensors, rule_for
 from lightning_split.loose import growing_tensors
-from lightning_split.measuring import batch_size, tensors_in, undisturbed
-from lightning_split.pricing import Axis, Product
+from lightning_split.measuring import undisturbed
+from lightning_split.pricing import Axis, Prices, Product
 from lightning_split.surgery import Surgery
 
-__all__ = ["LayerCall", "NetworkCost", "layer_calls", "network_cost", "outputs", "port_axis", "weights"]
+__all__ = [
+    "LayerCall",
+    "NetworkCost",
+    "layer_calls",
+    "macs",
+    "network_cost",
+    "outputs",
+    "params",
+    "port_axis",
+    "priced",
+    "weights",
+]
 
 
 class NetworkCost(NamedTuple):
     """Size of a whole network."""
 
     params: int  # trainable and frozen parameters
-    macs: float  # multiply-accumulates per sample in the traced layers and with raw matrices
+    macs: float  # multiply-accumulates per sample
 
 
 def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None = None) -> NetworkCost:
     """Parameters and MACs of a network, now or as it will be after a prepared surgery.
 
-    MACs are those of the layers that have a rule and of raw matrices, at the spatial sizes of the traced
-    batch, per sample; what activations are multiplied with each other is not counted.
+    MACs are those of matrix products and convolutions, with weights and of activations with each other, at
+    the sizes of the traced batch, per sample.
     """
     after: Mapping[Tensor, Tensor] = {}
-    more: dict[int, int] = {}  # offspring beyond the first, by the id of the neuron
+    more = Counter[str]()
     if surgery is not None:
         after = {old: found.new for old, found in surgery.replaced.items()}
-        more = {
-            arch.group(split.group).neurons[split.neuron]: len(split.weights) - 1 for split in surgery.splits
-        }
-    params = sum(after.get(p, p).numel() for p in model.parameters())
-    macs = 0.0
-    for path, now in arch.uses.items():
-        uses = now + sum(more.get(i, 0) * each for i, each in arch.across.get(path, {}).items())
-        for tensor, axes in layer_tensors(model.get_submodule(path)).values():
-            if axes and tensor.ndim > 1:
-                macs += after.get(tensor, tensor).numel() * uses
-    for (path, name), uses in arch.multiplied.items():
-        matrix = model.get_submodule(path).get_parameter(name)
-        macs += after.get(matrix, matrix).numel() * uses
-    return NetworkCost(params, macs)
+        for split in surgery.splits:
+            more[split.group] += len(split.weights) - 1
+    numbers = sum(after.get(p, p).numel() for p in model.parameters())
+    prices = macs(model, arch)
+    return NetworkCost(numbers, prices.total + prices.added(more))
+
+
+def priced(model: nn.Module, arch: Architecture) -> Architecture:
+    """The architecture with what one more neuron of each group adds."""
+    found = list(weights(model, arch))
+    numbers, products = params(model, arch, found), macs(model, arch, found)
+    groups = (
+        dataclasses.replace(g, params=round(numbers.alone(g.name)), macs=products.alone(g.name))
+        for g in arch.groups
+    )
+    return dataclasses.replace(arch, groups=tuple(groups))
+
+
+def params(model: nn.Module, arch: Architecture, found: Iterable[WeightSize] | None = None) -> Prices:
+    """Parameters, frozen ones included; a tensor that several layers share counts once.
+
+    Args:
+        model: The network.
+        arch: What tracing found.
+        found: Its :func:`weights`, if they are known.
+    """
+    counted = {id(p): p.numel() for p in model.parameters()}
+    rest, terms = sum(counted.values()), list[Product]()
+    for tensor, size, _ in weights(model, arch) if found is None else found:
+        if counted.pop(id(tensor), None) is not None:
+            terms.append(size)
+            rest -= tensor.numel()
+    return Prices.of(terms, float(rest), "params")
+
+
+def macs(model: nn.Module, arch: Architecture, found: Iterable[WeightSize] | None = None) -> Prices:
+    """Multiply-accumulates per sample; the arguments are those of :func:`params`."""
+    groups = _Groups(arch)
+    terms = [term for _, _, term in (weights(model, arch) if found is None else found) if term is not None]
+    return Prices.of(terms + [groups.product(count) for count in arch.products], unit="macs")
 
 
 class WeightSize(NamedTuple):
@@ -59,7 +96,7 @@ class WeightSize(NamedTuple):
 
     tensor: Tensor
     size: Product  # its number of elements
-    uses: Axis  # how often each of its entries is multiplied for one sample
+    macs: Product | None  # in which its entries take part, for one sample
 
 
 def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
@@ -78,16 +115,15 @@ def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
                 continue
             sizes = []
             for axis, length in enumerate(tensor.shape):
-                growth: dict[str, float] = {}
-                for block in axes.get(axis, ()):
-                    for g, count in groups.on(arch.ports.get((path, block.port))).items():
-                        growth[g] = growth.get(g, 0.0) + count * block.multiple
-                sizes.append(Axis(float(length), tuple(growth.items())))
+                sizes.append(groups.along(arch, path, axes.get(axis, ()), length))
+            macs = None
             if name not in ruled:
-                uses = Axis(arch.multiplied.get((path, name), 0.0))
-            else:
-                uses = groups.uses(arch, path) if tensor.ndim > 1 else Axis(0.0)
-            yield WeightSize(tensor, Product(1.0, tuple(sizes)), uses)
+                macs = Product(arch.multiplied.get((path, name), 0.0), tuple(sizes))
+            elif tensor.ndim > 1 and any((path, b.port) in arch.made for b in axes.get(0, ())):
+                macs = Product(1.0, (groups.used(arch, path, axes[0]), *sizes[1:]))
+            elif tensor.ndim > 1:
+                macs = Product(arch.uses.get(path, 0.0), tuple(sizes))
+            yield WeightSize(tensor, Product(1.0, tuple(sizes)), macs if macs and macs.factor else None)
 
 
 class _Groups:
@@ -95,8 +131,7 @@ class _Groups:
 
     def __init__(self, arch: Architecture) -> None:
         self._groups = arch.groups
-        ids = [p.neuron.max(initial=-1) for p in arch.ports.values()]
-        most = int(max([*ids, *(i for each in arch.across.values() for i in each)], default=-1))
+        most = max([int(p.neuron.max(initial=-1)) for p in arch.ports.values()], default=-1)
         self._group = np.full(most + 2, -1)  # the last entry stands for "no neuron" (-1)
         for k, group in enumerate(arch.groups):
             self._group[list(group.neurons)] = k
@@ -109,14 +144,36 @@ class _Groups:
         counts = np.bincount(owners[owners >= 0], minlength=len(self._groups))
         return {self._groups[k].name: counts[k] / self._groups[k].width for k in np.flatnonzero(counts)}
 
-    def uses(self, arch: Architecture, path: str) -> Axis:
-        """How often a layer is used, and how much more for one more neuron if it mixes their positions."""
+    def along(self, arch: Architecture, path: str, blocks: Iterable[Block], length: int) -> Axis:
+        """An axis of a tensor."""
         growth: dict[str, float] = defaultdict(float)
-        for i, each in arch.across.get(path, {}).items():
-            k = int(self._group[i])
-            if k >= 0:
-                growth[self._groups[k].name] += each / self._groups[k].width
-        return Axis(arch.uses.get(path, 0.0), tuple(growth.items()))
+        for block in blocks:
+            for g, count in self.on(arch.ports.get((path, block.port))).items():
+                growth[g] += count * block.multiple
+        return Axis(float(length), tuple(growth.items()))
+
+    def used(self, arch: Architecture, path: str, blocks: Iterable[Block]) -> Axis:
+        """Rows of a tensor, each as often as it is used."""
+        size, growth = 0.0, defaultdict[str, float](float)
+        for block in blocks:
+            times = arch.made.get((path, block.port), 0.0)
+            size += times * block.size * block.multiple
+            for g, count in self.on(arch.ports.get((path, block.port))).items():
+                growth[g] += times * count * block.multiple
+        return Axis(size, tuple(growth.items()))
+
+    def product(self, count: Counted) -> Product:
+        """A number that grows with neurons, in terms of their groups."""
+        axes = []
+        for size, entries in count.axes:
+            growth: dict[str, float] = defaultdict(float)
+            for i, number in entries:
+                k = int(self._group[i]) if i < len(self._group) else -1
+                if k >= 0:
+                    growth[self._groups[k].name] += number
+            each = {g.name: g.width for g in self._groups if g.name in growth}
+            axes.append(Axis(float(size), tuple((g, n / each[g]) for g, n in growth.items())))
+        return Product(count.factor, tuple(axes))
 
 
 def port_axis(arch: Architecture, path: str, port: Port, size: int) -> Axis:
@@ -183,27 +240,9 @@ class OutputSize(NamedTuple):
     bytes_each: int
 
 
-def outputs(context: GrowthContext) -> Iterator[OutputSize]:
-    """What every call of a traced layer writes for one sample, and how it grows."""
-    samples = batch_size(context.batches[0])
-    groups = _Groups(context.arch)
-    for call in layer_calls(context, also=context.arch.across):
-        rule = rule_for(call.layer)
-        tensor = next(iter(tensors_in(call.output)), None)
-        if rule is None or tensor is None or not tensor.numel():
-            continue
-        axis = rule.neuron_axis(call.layer, tensor)
-        length = tensor.shape[axis]
-        ports = [
-            port
-            for path, port in context.arch.ports
-            if path == call.path and port_kind(port) != "in"
-            and length % max(1, len(context.arch.ports[path, port].neuron)) == 0
-        ]  # fmt: skip
-        size = port_axis(context.arch, call.path, ports[0], length) if ports else Axis(float(length))
-        lines = Axis(tensor.numel() / length / samples)
-        uses = groups.uses(context.arch, call.path)
-        if uses.growth:  # of all its calls
-            share = lines.size / uses.size
-            lines = Axis(lines.size, tuple((g, each * share) for g, each in uses.growth))
-        yield OutputSize(Product(1.0, (size, lines)), torch.empty((), dtype=tensor.dtype).element_size())
+def outputs(arch: Architecture) -> Iterator[OutputSize]:
+    """What every call of a layer, and every product with a raw matrix, writes for one sample."""
+    groups = _Groups(arch)
+    for calls in arch.written.values():
+        for values, bytes_each, _ in calls:
+            yield OutputSize(groups.product(values), bytes_each)

@@ -86,6 +86,7 @@ def led(arch: Architecture, followers: Mapping[str, str]) -> Architecture:
         return arch
     ports: dict[PortKey, PortMap] = dict(arch.ports)
     reasons: dict[str, str] = {}
+    leaders: dict[int, int] = {}  # of the neurons of copies
     places = {g.name: _places(arch, g.neurons) for g in arch.groups}
     for copy, original in followers.items():
         leading: list[int] = []
@@ -103,10 +104,17 @@ def led(arch: Architecture, followers: Mapping[str, str]) -> Architecture:
         for (path, port), found in arch.ports.items():
             if _within(path, original):
                 kept = np.isin(found.neuron, leading)
-                ports[copy + path[len(original) :], port] = PortMap(
-                    np.where(kept, found.neuron, -1), np.where(kept, found.run, -1)
-                )
-    return replace(arch, ports=ports).without(reasons)
+                key = copy + path[len(original) :], port
+                if key in arch.ports:
+                    pairs = zip(arch.ports[key].neuron[kept], found.neuron[kept], strict=True)
+                    leaders |= {int(own): int(leader) for own, leader in pairs}
+                ports[key] = PortMap(np.where(kept, found.neuron, -1), np.where(kept, found.run, -1))
+    products = tuple(count.led(leaders) for count in arch.products)
+    written = {
+        path: tuple(call._replace(values=call.values.led(leaders)) for call in calls)
+        for path, calls in arch.written.items()
+    }
+    return replace(arch, ports=ports, products=products, written=written).without(reasons)
 
 
 def _places(arch: Architecture, neurons: tuple[int, ...]) -> list[PortKey]:

@@ -25,6 +25,7 @@ from lightning_split.architecture import (
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
 from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose_size
 from lightning_split.neurons import NeuronTable
+from lightning_split.tally import Tally
 
 __all__ = ["Findings"]
 
@@ -40,6 +41,7 @@ class Findings:
     layers: Mapping[str, nn.Module]
     rules: Mapping[str, LayerRule]
     raw: Mapping[str, Mapping[str, Tensor]]  # the loose tensors of each module
+    tally: Tally
     table: NeuronTable = field(default_factory=NeuronTable)
     ports: dict[PortKey, Tensor] = field(default_factory=dict)  # ids at each position of each port
     loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
@@ -50,8 +52,7 @@ class Findings:
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     multiplied: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    across: dict[str, list[tuple[Index, Index, float]]] = field(default_factory=lambda: defaultdict(list))
-    # across: of each call of a layer over positions the ids whose values it mixes, how often, and a scale
+    made: dict[PortKey, float] = field(default_factory=lambda: defaultdict(float))
     leaked: dict[tuple[str, str], str] = field(default_factory=dict)  # tensors used elsewhere, and by what
     declined: dict[str, tuple[str, int]] = field(default_factory=dict)  # refused layers: reason and width
 
@@ -81,18 +82,18 @@ class Findings:
         kinds: dict[tuple[Any, str | None], list[int]] = defaultdict(list)
         for i in sorted(places):
             kinds[tuple(sorted(places[i].items())), reasons.get(i)].append(i)
-        return self._named(kinds, ports, self._uses_across(neuron, made))
-
-    def _uses_across(self, neuron: Index, made: Mask) -> dict[str, dict[int, float]]:
-        """For each layer over positions the uses that each neuron causes."""
-        found: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-        for path, calls in self.across.items():
-            for ids, counts, scale in calls:
-                owners = np.append(neuron, -1)[ids]
-                for i, count in zip(owners.tolist(), counts.tolist(), strict=True):
-                    if i >= 0 and made[i]:
-                        found[path][i] += count * scale
-        return {path: dict(each) for path, each in found.items()}
+        groups, unsplittable = self._named(kinds, ports)
+        return Architecture(
+            tuple(groups),
+            tuple(unsplittable),
+            ports,
+            dict(self.uses),
+            dict(self.multiplied),
+            dict(self.made),
+            self.tally.products(neuron, made),
+            self.tally.written(neuron, made),
+            self._not_called(),
+        )
 
     def loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
         """The ids along an axis of a loose tensor."""
@@ -160,14 +161,13 @@ class Findings:
         self,
         kinds: Mapping[tuple[Any, str | None], list[int]],
         ports: Mapping[PortKey, PortMap],
-        across: Mapping[str, Mapping[int, float]],
-    ) -> Architecture:
+    ) -> tuple[list[ChannelGroup], list[Unsplittable]]:
         order = {key: n for n, key in enumerate(ports)}
         groups, unsplittable = [], []
         used: dict[str, int] = defaultdict(int)
         for (signature, reason), members in sorted(kinds.items(), key=lambda kv: kv[1][0]):
             keys = sorted((key for key, _ in signature), key=order.__getitem__)
-            group = self._group(keys, members, ports, across)
+            group = self._group(keys, members, ports)
             used[group.name] += 1
             if used[group.name] > 1:
                 group = dataclasses.replace(group, name=f"{group.name}#{used[group.name]}")
@@ -177,15 +177,7 @@ class Findings:
             else:
                 unsplittable.append(Unsplittable(group.name, why, group.width))
         unsplittable += [Unsplittable(path, why, width) for path, (why, width) in self.declined.items()]
-        return Architecture(
-            tuple(groups),
-            tuple(unsplittable),
-            ports,
-            dict(self.uses),
-            dict(self.multiplied),
-            across,
-            self._not_called(),
-        )
+        return groups, unsplittable
 
     def _not_called(self) -> str:
         """A note on layers that no pass has reached: if they read a neuron, nobody knows."""
@@ -200,17 +192,12 @@ class Findings:
         return f"Layers that no pass called do not grow with the others: {named}."
 
     def _group(
-        self,
-        keys: list[PortKey],
-        members: list[int],
-        ports: Mapping[PortKey, PortMap],
-        across: Mapping[str, Mapping[int, float]],
+        self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
     ) -> ChannelGroup:
         by_kind = {
             kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
             for kind in ("out", "through", "in")
         }
-        params, macs = 0, 0.0
         layouts: dict[str, list[ThetaBlock]] = {"out": [], "through": [], "in": []}
         rank = np.full(self.table.size, -1)
         rank[members] = np.arange(len(members))
@@ -228,12 +215,6 @@ class Findings:
                     rows = np.concatenate(found, axis=1)
                     size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
                     layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
-                    if isinstance(tensor, nn.Parameter):
-                        params += size
-                        macs += size * self._uses_of(path, name, tensor)
-        for path, each in across.items():
-            entries = sum(t.numel() for t, _ in layer_tensors(self.layers[path]).values() if t.ndim > 1)
-            macs += entries * sum(each.get(i, 0.0) for i in members) / len(members)
         return ChannelGroup(
             name=by_kind["out"][0] or "(root)",
             width=len(members),
@@ -241,18 +222,11 @@ class Findings:
             producers=by_kind["out"],
             channelwise=by_kind["through"],
             consumers=by_kind["in"],
-            params=params,
-            macs=macs,
             neurons=tuple(members),
             theta=tuple(layouts["out"]),
             through=tuple(layouts["through"]),
             outgoing=tuple(layouts["in"]),
         )
-
-    def _uses_of(self, path: str, name: str, tensor: Tensor) -> float:
-        if name in self.raw[path]:
-            return self.multiplied.get((path, name), 0.0)
-        return self.uses.get(path, 0.0) if tensor.ndim > 1 else 0.0
 
     def _why_not(self, group: ChannelGroup) -> str | None:
         if not group.consumers:

@@ -151,7 +151,8 @@ def grow(
         broken[group] = why
         offered = [(c, ok) for c, ok in offered if c.group != group]
 
-    cost, spending = network_cost(model, whole), chooser.spending(offered, chosen)
+    cost, after_cost = network_cost(model, whole), network_cost(model, whole, surgery)
+    spending = chooser.spending(offered, chosen)
     notes, ratio, after_loss = list(proposal.notes), 1.0, before_loss
     if chosen:
 
@@ -174,10 +175,9 @@ def grow(
             raise
         if ratio == 0:
             surgery.revert()
-            chosen, surgery = [], Surgery(model, [], whole)
+            chosen, surgery, after_cost = [], Surgery(model, [], whole), cost
             spending = replace(spending, spent=0.0)
             notes.append(f"{step!r} found no step at which the loss falls, so nothing was grown.")
-    after_cost = network_cost(model, whole, surgery)
     grown = {c.group: 0 for c in chosen}
     for c in chosen:
         grown[c.group] += len(c.weights) - 1

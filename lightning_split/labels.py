@@ -7,7 +7,7 @@ of the labels (:mod:`lightning_split.operators`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_split.constants import Constants, storage_key
 from lightning_split.loose import Guesses
 from lightning_split.neurons import Ids, NeuronTable
+
+if TYPE_CHECKING:
+    from lightning_split.tally import Tally
 
 __all__ = [
     "CallMode",
@@ -116,6 +119,7 @@ class LabelMode(TorchDispatchMode):
         ] = []  # those that were written to, with their values before
         self.leaked: dict[Owner, str] = {}  # what was used outside of its layer, and by what
         self.place = where
+        self.tally: Tally | None = None  # counts what is multiplied
         self.guesses = Guesses(self, label or (lambda owner, axis, size: self.phantoms(size)))
         self._handler_of = handler_of
         self._follow = follow
@@ -224,6 +228,8 @@ class LabelMode(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = self._labelled(func, args, kwargs or {})
+        if self.tally is not None:
+            self.tally.follow(self, func, args, out)
         with torch._C.DisableTorchFunction():
             self.constants.follow(func, args, kwargs or {}, out)
         return out

@@ -32,8 +32,8 @@ class Watcher:
         """The layer at ``path`` has made the neurons of a port; it goes on with the result."""
         return x
 
-    def multiplied(self, path: str, name: str, count: int) -> None:
-        """A raw matrix was multiplied with activations, in so many multiply-accumulates."""
+    def multiplied(self, path: str, name: str, count: int, output: Tensor) -> None:
+        """A raw matrix was multiplied with activations, in so many multiply-accumulates; with the result."""
         return None
 
     def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
@@ -78,10 +78,10 @@ def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor |
     for axis, row in reads:
         x = watcher.read(*port_of("in", owner, row), x, axis)
     output: Tensor = watcher.sealed(lambda: reading.call(x))
-    watcher.multiplied(*owner, output.numel() * reading.fan)
-    if reading.make is None:
-        return output
-    return watcher.made(*port_of("out", owner, reading.make), output, reading.out)
+    if reading.make is not None:
+        output = watcher.made(*port_of("out", owner, reading.make), output, reading.out)
+    watcher.multiplied(*owner, output.numel() * reading.fan, output)
+    return output
 
 
 def _run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -97,6 +97,20 @@ class Prices:
                 for group, r in growing[0].growth:
                     linear[group] = linear.get(group, 0.0) + r * others
         return cls(total, linear, tuple(rest), unit)
+
+    def times(self, factor: float) -> Prices:
+        """The same where everything costs a multiple of what it did."""
+        if not all(isinstance(term, Product) for term in self.terms):
+            raise TypeError("only products have multiples")
+        terms = tuple(replace(t, factor=t.factor * factor) for t in self.terms if isinstance(t, Product))
+        linear = {group: factor * each for group, each in self.linear.items()}
+        return Prices(factor * self.total, linear, terms, self.unit)
+
+    def plus(self, other: Prices, unit: str) -> Prices:
+        """The sum of two costs of one network."""
+        groups = dict.fromkeys([*self.linear, *other.linear])
+        linear = {g: self.linear.get(g, 0.0) + other.linear.get(g, 0.0) for g in groups}
+        return Prices(self.total + other.total, linear, self.terms + other.terms, unit)
 
     @property
     def is_known(self) -> bool:

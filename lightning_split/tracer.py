@@ -18,6 +18,7 @@ from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
 from lightning_split.operators import handler_of
+from lightning_split.tally import Tally
 from lightning_split.verification import Readings, Run
 
 __all__ = ["Tracer"]
@@ -49,8 +50,14 @@ class Tracer(Watcher):
         layers = dict(model.named_modules())
         rules = {path: rule for path, m in layers.items() if (rule := rule_for(m)) is not None}
         raw = {path: loose_tensors(m) for path, m in layers.items()}  # untold while watched
-        self.found = Findings(layers, rules, raw)
+        self.found = Findings(layers, rules, raw, Tally(batch_size))
         self.seen: dict[bool, Readings] = {}
+        self._rows = {  # of the weights behind each port, of layers that read inputs of several lengths
+            (path, port): rows
+            for path, rule in rules.items()
+            if rule.attends
+            for port, rows in _rows_of_ports(layers[path]).items()
+        }
         self._made: dict[PortKey, Tensor] = {}  # ids of all channels of an output, tile by tile
         self._batch_size = batch_size
         self._outputs_count = outputs_count  # whether the output is what the model is for, or a loss
@@ -73,6 +80,7 @@ class Tracer(Watcher):
             self.found.table, self._where, handler_of, self._follow, self.found.loose_ids
         )
         with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
+            mode.tally = self.found.tally if self.count_uses else None
             mode.owned = {
                 id(tensor): (path, name)
                 for path in self.found.rules
@@ -144,17 +152,25 @@ class Tracer(Watcher):
             return self._declined(path, layer, rule, refusal, args, kwargs)
         if simple:
             mode.bar(tensors[1:], f"they enter the {type(layer).__name__} '{path}' as a second input")
+        own = rule.trusted and not rule.attends  # whether all products are those of its weights
         mode.inside += rule.trusted
         mode.suspended += simple
+        self.found.tally.paused += own
+        self.found.tally.attending += rule.attends
         try:
             output = call()
         finally:
+            self.found.tally.attending -= rule.attends
+            self.found.tally.paused -= own
             mode.suspended -= simple
             mode.inside -= rule.trusted
         if not rule.trusted and not any(p == path for p, _ in self.found.ports):
             why = f"a {type(layer).__name__} computes otherwise than the layer that it is derived from"
             self._decline(path, layer, rule, why, output)
-        self._count(path, layer, tensors, output)
+            self._wrote(path, output)
+        elif not rule.attends:
+            self._count(path, layer, tensors, output)
+            self._wrote(path, output)
         return output
 
     def _count(self, path: str, layer: nn.Module, inputs: list[Tensor], output: Any) -> None:
@@ -162,6 +178,11 @@ class Tracer(Watcher):
         if self.count_uses and first is not None:
             rule = self.found.rules[path]
             self.found.uses[path] += rule.positions(layer, inputs[0], first) / self._batch_size
+
+    def _wrote(self, path: str, output: Any) -> None:
+        first = next(iter(tensors_in(output)), None)
+        if self.count_uses and first is not None:
+            self.found.tally.wrote(path, self._mode, first)
 
     def _along_positions(self, path: str, layer: nn.Module, rule: LayerRule, args: Any, kwargs: Any) -> Any:
         """Run a layer that mixes positions, the same for all neurons; it is an operator like others."""
@@ -173,38 +194,29 @@ class Tracer(Watcher):
         for tensor in tensors_in(output):
             width = tensor.shape[rule.neuron_axis(layer, tensor)]
             self.found.declined[path] = "they are positions of other neurons, which can be split", width
-        inputs = tensors_in((args, kwargs))
-        self._count(path, layer, inputs, output)
-        self._count_across(path, layer, inputs[0], output)
+        self._wrote(path, output)
         return output
-
-    def _count_across(self, path: str, layer: nn.Module, x: Tensor, output: Any) -> None:
-        """Note which neurons a layer over positions is used for, each as often as it has values there."""
-        labels, first = self._mode.get(x), next(iter(tensors_in(output)), None)
-        if not self.count_uses or labels is None or first is None:
-            return
-        rule = self.found.rules[path]
-        with BookKeeping():
-            lines = labels.expand(x.shape).narrow(rule.neuron_axis(layer, x), 0, 1)
-            stored = stored_once(lines)
-            ids, counts = torch.unique(stored, return_counts=True)
-        scale = rule.positions(layer, x, first) / (stored.numel() * self._batch_size)
-        self.found.across[path].append((ids.numpy(), counts.numpy(), scale))
 
     def _declined(
         self, path: str, layer: nn.Module, rule: LayerRule, why: str, args: Any, kwargs: Any
     ) -> Any:
         """Run a layer that cannot be grown: neither what enters it nor what it makes can be split."""
         self._mode.bar(tensors_in((args, kwargs)), f"they enter the {type(layer).__name__} '{path}': {why}")
-        output = self.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
+        self.found.tally.paused -= 1  # nothing else counts what it multiplies
+        try:
+            output = self.sealed(lambda: type(layer).forward(layer, *args, **kwargs))
+        finally:
+            self.found.tally.paused += 1
         self._decline(path, layer, rule, why, output)
+        self._wrote(path, output)
         return output
 
-    def multiplied(self, path: str, name: str, count: int) -> None:
+    def multiplied(self, path: str, name: str, count: int, output: Tensor) -> None:
         """Count a product with a raw matrix."""
         if self.count_uses:
             size = self.found.raw[path][name].numel()
             self.found.multiplied[path, name] += count / size / self._batch_size
+            self._wrote(path, output)
 
     def _decline(self, path: str, layer: nn.Module, rule: LayerRule, why: str, output: Any) -> None:
         for tensor in tensors_in(output):
@@ -230,11 +242,13 @@ class Tracer(Watcher):
         """A layer's own business: it may use its weights, and labels are not followed."""
         self._mode.suspended += 1
         self._mode.inside += 1
+        self.found.tally.paused += 1
         try:
             return call()
         finally:
             self._mode.suspended -= 1
             self._mode.inside -= 1
+            self.found.tally.paused -= 1
 
     def concerns(self, x: Tensor, axis: int) -> bool:
         """Weights of positions are the same for all neurons; such a product is an operator like others."""
@@ -273,6 +287,10 @@ class Tracer(Watcher):
         with BookKeeping():
             self._mode.constants.forget(x)
             self._label(path, port, x, axis)
+        rows = self._rows.get((path, port))
+        if rows is not None and self.count_uses:
+            self.found.made[path, port] += x.numel() / rows / self._batch_size
+            self.found.tally.wrote(path, self._mode, x)
         return x
 
     def _label(self, path: str, port: Port, x: Tensor, axis: int) -> None:
@@ -366,3 +384,12 @@ class Tracer(Watcher):
         if labels is not None:
             labels = mode.merge(labels.view(tiles, size), 0, f"'{path}'")[0]
         self._meet((path, port), labels, size)
+
+
+def _rows_of_ports(layer: nn.Module) -> dict[Port, int]:
+    """How many rows of a layer's matrices make the neurons of each port."""
+    rows: dict[Port, int] = {}
+    for tensor, axes in layer_tensors(layer).values():
+        for block in axes.get(0, ()) if tensor.ndim > 1 else ():
+            rows[block.port] = rows.get(block.port, 0) + block.size * block.multiple
+    return rows

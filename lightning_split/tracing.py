@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture
+from lightning_split.counting import priced
 from lightning_split.followers import led
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
@@ -113,7 +114,8 @@ def _trace(
         outline.forget()
     if not arch.groups and not arch.unsplittable:
         return dataclasses.replace(arch, note=f"{_opaque(model)} {arch.note}".strip())
-    return verified_values(model, arch, run, example, compare_outputs=compare_outputs)
+    arch = verified_values(model, arch, run, example, compare_outputs=compare_outputs)
+    return priced(model, arch)
 
 
 def _labelled(

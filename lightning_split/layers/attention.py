@@ -60,6 +60,7 @@ class _AttentionRule(LayerRule):
     """``nn.MultiheadAttention``: a neuron is one channel of every head."""
 
     role = "mixer"
+    attends = True
     rigid = frozenset({"out:query", "out:key"})
 
     def axes(self, layer: nn.Module) -> Axes:

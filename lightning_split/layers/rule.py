@@ -70,6 +70,7 @@ class LayerRule(ABC):
     role: ClassVar[Literal["mixer", "channelwise"]]
     trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
     normalises: ClassVar[bool] = False  # whether a neuron's scale makes no difference behind the layer
+    attends: ClassVar[bool] = False  # whether it multiplies activations with each other, of several lengths
     rigid: ClassVar[frozenset[Port]] = frozenset()  # ports whose neurons are always as many
 
     @abstractmethod

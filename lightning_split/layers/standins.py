@@ -67,6 +67,7 @@ class Followed(LayerRule):
         self._rule = rule
         vars(self)["role"] = rule.role
         vars(self)["normalises"] = rule.normalises
+        vars(self)["attends"] = rule.attends
         for name in (
             *("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"),
             *("fresh", "statistics"),
