@@ -125,6 +125,15 @@ class Architecture:
     def _by_name(self) -> dict[str, ChannelGroup]:
         return {group.name: group for group in reversed(self.groups)}
 
+    @cached_property
+    def owners(self) -> Index:
+        """Number of the group of each neuron, by its id; -1 for those that cannot grow, and at the end."""
+        most = max([int(p.neuron.max(initial=-1)) for p in self.ports.values()], default=-1)
+        owners = np.full(most + 2, -1)  # an id of -1 stands for "no neuron"
+        for k, group in enumerate(self.groups):
+            owners[list(group.neurons)] = k
+        return owners
+
     @property
     def widths(self) -> dict[str, int]:
         """Number of neurons of every group."""

@@ -26,6 +26,7 @@ __all__ = [
     "network_cost",
     "outputs",
     "params",
+    "passing",
     "port_axis",
     "priced",
     "weights",
@@ -131,10 +132,7 @@ class _Groups:
 
     def __init__(self, arch: Architecture) -> None:
         self._groups = arch.groups
-        most = max([int(p.neuron.max(initial=-1)) for p in arch.ports.values()], default=-1)
-        self._group = np.full(most + 2, -1)  # the last entry stands for "no neuron" (-1)
-        for k, group in enumerate(arch.groups):
-            self._group[list(group.neurons)] = k
+        self._group = arch.owners
 
     def on(self, port: PortMap | None) -> dict[str, float]:
         """Entries that one more neuron of each group adds to a port."""
@@ -194,14 +192,12 @@ class LayerCall(NamedTuple):
     output: Any
 
 
-def layer_calls(context: GrowthContext, also: Iterable[str] = ()) -> list[LayerCall]:
-    """Every call of a traced layer while the first batch goes through the network, in eval mode.
+def layer_calls(context: GrowthContext) -> list[LayerCall]:
+    """Every call of a layer with a rule while the first batch goes through the network, in eval mode.
 
-    Args:
-        context: The network and its batches.
-        also: Paths of further layers to watch.
+    Of those that hold neurons, or through which neurons of others pass.
     """
-    calls: list[LayerCall] = []
+    arch, calls = context.arch, list[LayerCall]()
 
     def hook(path: str) -> Any:
         def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -212,7 +208,8 @@ def layer_calls(context: GrowthContext, also: Iterable[str] = ()) -> list[LayerC
     handles = []
     with undisturbed(context.model, train=False, seed=context.seed):
         try:
-            for path in dict.fromkeys([*(path for path, _ in context.arch.ports), *also]):
+            crossed = [path for path in arch.written if passing(arch, path, 0)[1].growth]
+            for path in dict.fromkeys([*(path for path, _ in arch.ports), *crossed]):
                 layer = context.model.get_submodule(path)
                 if rule_for(layer) is not None:
                     handles.append(layer.register_forward_hook(hook(path), with_kwargs=True))
@@ -231,6 +228,26 @@ def _detached(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
     return value
+
+
+def passing(arch: Architecture, path: str, number: int) -> tuple[int | None, Axis]:
+    """How much more of it a layer writes the more neurons pass through it, whosever they are.
+
+    Args:
+        arch: What tracing found.
+        path: The layer.
+        number: Of its call.
+
+    Returns:
+        Along which axis of what it writes these neurons lie, from the end (``None``: nobody can tell, of a
+        single neuron); and the size of the whole, which is 1 now.
+    """
+    calls = arch.written.get(path, ())
+    if not calls:
+        return None, Axis(1.0)
+    call = calls[min(number, len(calls) - 1)]
+    axes = _Groups(arch).product(call.values).axes
+    return call.axis, Axis(1.0, tuple((g, each / axis.size) for axis in axes for g, each in axis.growth))
 
 
 class OutputSize(NamedTuple):

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,7 +25,7 @@ from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import fit_to_state_dict
 from lightning_split.context import GrowthContext
 from lightning_split.costs import Cost
-from lightning_split.counting import LayerCall, layer_calls, port_axis
+from lightning_split.counting import LayerCall, layer_calls, passing, port_axis
 from lightning_split.layers import Port, layer_tensors, port_kind, port_sizes, rule_for
 from lightning_split.pricing import Axis, Counts, Prices
 
@@ -34,6 +35,7 @@ Values = npt.NDArray[np.float64]
 # Latency is a staircase in the width, and a stair is flat: one more neuron is never priced below this share
 # of what it costs on average, so that no neuron is free.
 _LEAST_SLOPE = 0.05
+_ACROSS = "across"  # stands for the neurons of others that pass through a layer, such as one over positions
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class MeasuredLatency(Cost):
 
     Each layer that grows is timed by itself on inputs of the sizes that it really gets, at its present
     width and at some larger ones in every direction in which it can grow; between them the time is
-    interpolated. Layers of equal sizes are timed once. A layer that cannot be run by itself at another
-    width is taken to cost in proportion to its weights. Only the first process measures; the others are
+    interpolated. A layer over positions is timed with more neurons passing. Layers of equal sizes are timed
+    once. A layer that cannot be run by itself at another width is taken to cost in proportion to its weights.
+    Pointwise functions and products outside of layers (raw matrices, the scores of attention) are not timed:
+    what they take depends on how the backend fuses them. Only the first process measures; the others are
     told.
 
     What was measured is kept in this object and in the callback's checkpoints. Sizes that a resumed run is
@@ -83,7 +87,11 @@ class MeasuredLatency(Cost):
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        calls = [_Call(context.arch, call, self) for call in layer_calls(context)]  # on every process alike
+        number = Counter[str]()
+        calls = []
+        for call in layer_calls(context):  # on every process alike
+            calls.append(_Call(context.arch, call, number[call.path], self))
+            number[call.path] += 1
         found: tuple[Prices, dict[str, list[float]]] | None = None
         if context.ranks.is_first:
             missing = {call.key: call for call in reversed(calls) if call.key not in self._table}
@@ -134,7 +142,7 @@ class _Lookup:
 class _Call:
     """One call of a layer: what is timed, and under which name the times are kept."""
 
-    def __init__(self, arch: Architecture, call: LayerCall, cost: MeasuredLatency) -> None:
+    def __init__(self, arch: Architecture, call: LayerCall, number: int, cost: MeasuredLatency) -> None:
         self.call, self.cost = call, cost
         sizes = port_sizes(call.layer)
         found = {
@@ -144,7 +152,19 @@ class _Call:
         }
         self.axes: dict[Port, Axis] = {port: axis for port, axis in found.items() if axis.growth}
         self.sizes = sizes
+        self.along: int | None = None  # axis of its input that the neurons of others lengthen
+        if not self.axes:
+            self._crossed(*passing(arch, call.path, number))
         self.key = self._key()
+
+    def _crossed(self, along: int | None, share: Axis) -> None:
+        """The neurons of others that pass are a direction in which the time of the layer grows."""
+        x = next(iter(_tensors((self.call.args, self.call.kwargs))), None)
+        if share.growth and x is not None and x.ndim:
+            self.along = next((d for d in range(x.ndim) if x.shape[d] == 1), 0) if along is None else along
+            size = x.shape[self.along]
+            growth = tuple((g, each * size) for g, each in share.growth)
+            self.axes[_ACROSS] = Axis(float(size), growth)
 
     def _key(self) -> str:
         """Layers of one key take equally long: device, kind, attributes, shapes, and how they are timed."""
@@ -154,7 +174,7 @@ class _Call:
         where = {_device_name(t) for t in [*layer.parameters(), *_tensors(self.call.args)]}
         settings = (self.cost.factors, self.cost.repeats, self.cost.backward)
         kind = (type(layer).__name__, layer.extra_repr())
-        parts = (sorted(where), kind, tensors, inputs, [*self.axes], settings)
+        parts = (sorted(where), kind, tensors, inputs, [*self.axes], self.along, settings)
         return "; ".join(map(str, parts))
 
     @property
@@ -190,9 +210,9 @@ class _Call:
         return shapes
 
     def _weights(self, point: Sequence[float]) -> float:
-        """Number of weights at other sizes."""
-        shapes = self._shapes(dict(zip(self.axes, map(int, point), strict=True)))
-        return float(sum(math.prod(shape) for shape in shapes.values()))
+        """Number of weights at other sizes, each as often as it is used for neurons that pass."""
+        sizes = dict(zip(self.axes, map(int, point), strict=True))
+        return float(sum(map(math.prod, self._shapes(sizes).values())) * sizes.get(_ACROSS, 1))
 
     def _resized(self, sizes: Mapping[Port, int]) -> nn.Module:
         """A copy of the layer at other sizes, with weights that are ordinary numbers."""
@@ -244,12 +264,15 @@ class _Call:
         new = sum(sizes.get(port, self.sizes[port]) for port in reads)
         assert rule is not None
 
+        def longer(x: Tensor, axis: int, length: int) -> Tensor:
+            return x.index_select(axis, torch.arange(length, device=x.device) % x.shape[axis])
+
         def grown(x: Tensor) -> Tensor:
+            if self.along is not None and x.ndim >= -self.along:
+                x = longer(x, self.along, sizes.get(_ACROSS, x.shape[self.along]))
             axis = rule.neuron_axis(self.call.layer, x) if x.ndim > 1 and x.is_floating_point() else None
             if axis is not None and new != old and old and x.shape[axis] % old == 0:
-                length = x.shape[axis] // old * new
-                index = torch.arange(length, device=x.device) % x.shape[axis]
-                x = x.index_select(axis, index)
+                x = longer(x, axis, x.shape[axis] // old * new)
             return x.detach().requires_grad_(self.cost.backward and x.is_floating_point())
 
         args, kwargs = tree_map_only(Tensor, grown, (self.call.args, self.call.kwargs))

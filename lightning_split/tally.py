@@ -76,7 +76,7 @@ class Tally:
         if factors is None or torch._C._current_graph_task_id() >= 0:  # or in a backward pass
             return
         raw = isinstance(out, Tensor) and any(
-            isinstance(t, Tensor) and storage_key(t) in mode.parameters for t in args[:3]
+            storage_key(t) in mode.parameters for t in (args[1:3] if factors is _added else args[:2])
         )
         if raw and self.attending:
             return

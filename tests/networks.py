@@ -270,3 +270,33 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def loss_of(targets: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
     """Mean squared distance to fixed targets."""
     return lambda model, x: (model(x) - targets).square().mean()
+
+
+class Raw(nn.Module):
+    """Matrices that no layer owns, in every kind of product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {
+            "conv": (4, 2, 3, 3),
+            "conv2": (5, 4, 3, 3),
+            "a": (5, 6),
+            "b": (7, 6),
+            "c": (3, 7, 4),
+            "d": (3, 4, 5),
+        }
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape) / 3))
+        self.shift, self.bias, self.out = (
+            nn.Parameter(torch.randn(4)),
+            nn.Parameter(torch.randn(6)),
+            nn.Linear(5, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(F.conv2d(x, self.conv, self.shift, padding=1))
+        x = torch.tanh(F.conv2d(x, self.conv2, stride=2)).flatten(2).transpose(1, 2)
+        x = torch.tanh(x @ self.a + self.bias)
+        x = torch.tanh(F.linear(x, self.b)).mean(1)
+        x = torch.tanh(torch.einsum("bi,eio->ebo", x, self.c))
+        return self.out(torch.tanh(torch.bmm(x, self.d)).sum(0))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning_split import (
     Activations,
     Cost,
@@ -33,7 +32,7 @@ from lightning_split.pricing import Prices
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import CASES, loss_of, randomised
+from networks import CASES, Raw, loss_of, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -52,36 +51,6 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.conv1(x)) * self.gamma
         return self.out(torch.tanh(self.conv2(x) + self.shift).mean((2, 3)))
-
-
-class Raw(nn.Module):
-    """Matrices that no layer owns, in every kind of product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shapes = {
-            "conv": (4, 2, 3, 3),
-            "conv2": (5, 4, 3, 3),
-            "a": (5, 6),
-            "b": (7, 6),
-            "c": (3, 7, 4),
-            "d": (3, 4, 5),
-        }
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape) / 3))
-        self.shift, self.bias, self.out = (
-            nn.Parameter(torch.randn(4)),
-            nn.Parameter(torch.randn(6)),
-            nn.Linear(5, 2),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(F.conv2d(x, self.conv, self.shift, padding=1))
-        x = torch.tanh(F.conv2d(x, self.conv2, stride=2)).flatten(2).transpose(1, 2)
-        x = torch.tanh(x @ self.a + self.bias)
-        x = torch.tanh(F.linear(x, self.b)).mean(1)
-        x = torch.tanh(torch.einsum("bi,eio->ebo", x, self.c))
-        return self.out(torch.tanh(torch.bmm(x, self.d)).sum(0))
 
 
 class Positions(nn.Module):
@@ -345,7 +314,37 @@ def test_latency_is_a_lookup_of_timed_layers(monkeypatch: pytest.MonkeyPatch) ->
     assert len(timed) == number  # nothing was measured again
 
 
-@pytest.mark.parametrize("name", ["residual", "dense", "separable", "gated", "grouped", "shared", "text"])
+def test_latency_of_layers_over_positions_grows_with_the_neurons_that_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Timed by a stopwatch that counts multiply-accumulates, of a layer that two groups pass through."""
+    from lightning_split import latency
+
+    def count(self: Any, sizes: Any) -> float:
+        args, kwargs = self._inputs(sizes)
+        layer = self._resized(sizes)
+        output = layer(*args, **kwargs)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        return float(layer.weight.numel() * output.numel() / output.shape[axis] / len(output))
+
+    monkeypatch.setattr(latency._Call, "_timed", count)
+    model, x, loss = problem("positions")
+    context = context_of(model, x, loss)
+    cost = MeasuredLatency(factors=(1.0, 2.0))
+    prices, macs = cost.price(context), Macs().price(context)
+    assert prices.total == macs.total
+    groups = [g.name for g in context.arch.groups]
+    assert groups == ["lift", "mid"]
+    for counts in ({"lift": 1}, {"mid": 2}, {"lift": 2, "mid": 3}, {"lift": 20}):
+        assert prices.added(counts) == pytest.approx(macs.added(counts))
+    report = grow(model, [x], loss, strategy=KnapsackEnergy(0.3, cost=cost, max_factor=None))
+    assert 0 < report.cost_after.macs - report.cost_before.macs == report.spending.spent
+    assert report.cost_after.macs == macs_of(model, x) <= 1.3 * macs.total
+
+
+@pytest.mark.parametrize(
+    "name", ["residual", "dense", "separable", "gated", "grouped", "shared", "text", "positions"]
+)
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_layer_can_be_timed(name: str, backward: bool) -> None:
     """The price of a neuron is positive, a wider network is not faster, and the model is left alone."""

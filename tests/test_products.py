@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import loss_of, randomised
+from networks import Raw, loss_of, randomised
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -176,6 +177,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "cross": (lambda: Cross(True), SEQUENCE),
     "wide cross": (lambda: Cross(False), SEQUENCE),
     "positions": (Positions, (3, 2, 5)),
+    "raw": (Raw, (3, 2, 7, 7)),
     "vit": (_vit, IMAGE),
     "swin": (_swin, IMAGE),
     "timm": (_timm, (2, 3, 32, 32)),
@@ -257,19 +259,24 @@ def test_budgets_and_limits_hold_where_values_grow(name: str, budget: float) -> 
 
 
 class Written(TorchDispatchMode):
-    """Counts the values of what products with a parameter return."""
+    """Counts the values that products with parameters, or with what is made of them alone, return."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.kept: list[Tensor] = [*model.parameters()]  # so that no other takes the memory
+        self.weights = {p.untyped_storage().data_ptr() for p in self.kept}
         self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "convolution"):
-            tensors = [t for t in args if isinstance(t, Tensor)]
-            if any(t.untyped_storage().data_ptr() in self.weights for t in tensors):
-                self.values += out.numel()
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        of_weights = [t.untyped_storage().data_ptr() in self.weights for t in args if isinstance(t, Tensor)]
+        if name in ("mm", "bmm", "convolution", "addmm", "baddbmm"):
+            factors = of_weights[1:3] if name in ("addmm", "baddbmm") else of_weights[:2]
+            self.values += out.numel() * any(factors)
+        elif of_weights and all(of_weights):
+            for t in tree_leaves(out):
+                self.kept.append(t)
+                self.weights.add(t.untyped_storage().data_ptr())
         return out
 
 
@@ -280,7 +287,7 @@ def written_by(model: nn.Module, x: Tensor) -> float:
     return counted.values / len(x)
 
 
-@pytest.mark.parametrize("name", ["matmul", "heads", "cross", "wide cross"])
+@pytest.mark.parametrize("name", ["matmul", "heads", "cross", "wide cross", "raw", "positions"])
 def test_activations_are_what_products_with_weights_write(name: str) -> None:
     """Queries, keys and values at their own lengths, and raw matrices, before and after a growth."""
     model, x, loss = problem(name)
