@@ -14,25 +14,20 @@ parts between cuts (:mod:`lightning_split.segments`) are differentiated one afte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_split.architecture import Architecture, ChannelGroup
-from lightning_split.layers import Port, port_kind
+from lightning_split.cuts import CutNetwork, LossFn, check_loss
 from lightning_split.lean import LeanDerivatives, transformed, without_autocast
-from lightning_split.marking import Watcher, watched
-from lightning_split.measuring import gradients_only_for, undisturbed
-from lightning_split.segments import Layout, Part, Plan, Segment, in_words, parts
+from lightning_split.segments import Layout, Part, Plan, Segment, parts
 from lightning_split.surrogates import SmoothDerivatives
 
-__all__ = ["LossFn", "SplittingOperator"]
+__all__ = ["LossFn", "SplittingOperator", "check_loss"]
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 Vectors = dict[str, Tensor]  # group name -> (width, dim)
 
 
@@ -58,6 +53,9 @@ class SplittingOperator:
         train: Run in training mode (BatchNorm by the statistics of the batch) instead of eval mode.
         cache_bytes: Graphs of batches are kept between products until they take about so much memory.
         seed: Seed of the random state in every pass (dropout in training mode).
+
+    Attributes:
+        has_surrogates: Whether some activation had derivatives of a surrogate in the batches so far.
     """
 
     def __init__(
@@ -72,22 +70,18 @@ class SplittingOperator:
         cache_bytes: int = 2**28,
         seed: int = 0,
     ) -> None:
-        self._model = model
         self._groups: dict[str, ChannelGroup] = {g.name: g for g in arch.groups}
-        self._cuts = _consuming(arch)
         self._batches = list(batches)
-        self._loss_fn = loss_fn
         self._beta = surrogate_beta
-        self._train = train
         self._cache_bytes, self._kept_bytes = cache_bytes, 0
-        self._seed = seed
         self._kept: dict[int, list[Segment]] = {}  # by number of the batch
-        self._lean = True  # whether only the incoming weights of neurons need gradients
         if not self._batches:
             raise ValueError("The splitting matrices need at least one batch, and there is none.")
         if not self._groups:
             raise ValueError("The architecture has no channel group, so there is no splitting matrix.")
-        self._layout = Layout(self._groups.values(), self._parameters())
+        self._cut = CutNetwork(model, arch, loss_fn, train=train, seed=seed)
+        self._layout = Layout(self._groups.values(), self._cut.parameters)
+        self.has_surrogates = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -201,7 +195,7 @@ class SplittingOperator:
         batch = self._batches[number]
         plan = self._plan(batch, number)
         keep = keep and self._kept_bytes + plan.size <= self._cache_bytes
-        smooth = nullcontext() if self._beta is None else SmoothDerivatives(self._beta)
+        smooth = None if self._beta is None else SmoothDerivatives(self._beta)
         lean = LeanDerivatives()
         done: list[Segment] = []
 
@@ -220,10 +214,11 @@ class SplittingOperator:
                 finish(part)
             return plan.beyond(x)
 
-        with self._running(cut), smooth, lean:
-            self._loss_fn(self._model, batch)
+        with self._cut.running(lambda place, x: cut(x)), smooth or nullcontext(), lean:
+            self._cut.loss(batch)
             for part in plan.close():
                 finish(part)
+        self.has_surrogates = self.has_surrogates or (smooth is not None and smooth.used)
         if keep and not lean.recomputed:
             self._kept[number] = done
             self._kept_bytes += plan.size
@@ -239,130 +234,10 @@ class SplittingOperator:
         return multiply
 
     def _plan(self, batch: Any, number: int) -> Plan:
-        """Gradient of the loss at every consumer's input, through that consumer alone, and the parts."""
-        if self._lean:
-            try:
-                plan = self._plan_once(batch, number)
-            except RuntimeError:
-                plan = None  # the loss may take gradients of its own, in other parameters
-            if plan is not None:
-                return plan
-            self._lean = False
-        plan = self._plan_once(batch, number)
-        if plan is None:
-            raise ValueError(
-                "The loss does not depend on any splittable neuron, so there is nothing to gain from "
-                "splitting; check that loss_fn uses the output of the model."
-            )
-        return plan
-
-    def _plan_once(self, batch: Any, number: int) -> Plan | None:
-        """``None`` if the loss does not depend on what needs gradients."""
-        taps: list[Tensor] = []
-        nodes: list[Any] = []
-
-        def tap(x: Tensor) -> Tensor:
-            taps.append(x.view_as(x))
-            nodes.append(taps[-1].grad_fn)
-            return taps[-1]
-
-        with self._running(tap):
-            loss = self._loss_fn(self._model, batch)
-            if self._lean and not getattr(loss, "requires_grad", True):
-                return None
-            check_loss(loss, number)
-            count = len(taps)  # a checkpointed layer runs again in backward
-            calls = list(self._consumer_calls)
-            wanted = [i for i in range(count) if taps[i].requires_grad]
-            if not wanted:
-                return None
-            try:
-                grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    loss, [taps[i] for i in wanted], allow_unused=True
-                )
-            except RuntimeError as error:
-                raise in_words(error) from error
-        found = {i: g.detach() for i, g in zip(wanted, grads, strict=True) if g is not None}
-        if not found:
-            return None
-        _check_finite({i: calls[i] for i in found}, found, number)
-        ends = {i: nodes[i].next_functions[0][0] for i in found}
-        return Plan(count, found, parts(ends, nodes, self._parameters()))
-
-    def _running(self, replace: Callable[[Tensor], Tensor]) -> ExitStack:
-        """Context in which every consumer's input is passed through ``replace``."""
-        stack = ExitStack()
-        self._consumer_calls: list[str] = []
-        stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
-        if self._lean:
-            stack.enter_context(gradients_only_for(self._model, self._parameters().values()))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
-        stack.enter_context(watched(self._model, _Cuts(self._cuts, self._consumer_calls, replace)))
-        return stack
-
-    def _parameters(self) -> dict[tuple[str, str], nn.Parameter]:
-        found: dict[tuple[str, str], nn.Parameter] = {}
-        for group in self._groups.values():
-            for block in group.theta:
-                parameter = self._model.get_submodule(block.module)._parameters[block.tensor]
-                assert parameter is not None
-                found[block.module, block.tensor] = parameter
-        return found
+        """The parts, with the gradient of the loss at every consumer's input, through that consumer alone."""
+        first = self._cut.first_pass(batch, number)
+        ends = {i: first.nodes[i].next_functions[0][0] for i in first.cotangents}
+        return Plan(first.count, first.cotangents, parts(ends, first.nodes, self._cut.parameters))
 
     def _some_weight(self) -> Tensor:
-        return next(iter(self._parameters().values()))
-
-
-def _consuming(arch: Architecture) -> set[tuple[str, Port]]:
-    """The ports on which splittable neurons are read."""
-    neurons = [i for group in arch.groups for i in group.neurons]
-    return {
-        key
-        for key, port in arch.ports.items()
-        if port_kind(key[1]) == "in" and bool(np.isin(port.neuron, neurons).any())
-    }
-
-
-class _Cuts(Watcher):
-    """Replaces what consumers read."""
-
-    def __init__(
-        self, where: set[tuple[str, Port]], calls: list[str], replace: Callable[[Tensor], Tensor]
-    ) -> None:
-        self._where, self._calls, self._replace = where, calls, replace
-
-    def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
-        if (path, port) not in self._where:
-            return x
-        self._calls.append(path)
-        return self._replace(x)
-
-
-def _check_finite(calls: Mapping[int, str], cotangents: Mapping[int, Tensor], number: int) -> None:
-    """Refuse gradients that are not finite, naming the layer; one look at the device for all of them."""
-    found = {i: torch.isfinite(c).all() for i, c in cotangents.items()}
-    where = next(iter(found.values())).device
-    if bool(torch.stack([flag.to(where) for flag in found.values()]).all()):
-        return
-    name = next(calls[i] for i, flag in found.items() if not bool(flag))
-    raise ValueError(
-        f"The gradient of the loss at the input of '{name}' is not finite in batch {number}; the network has "
-        "diverged, so splitting was not tried."
-    )
-
-
-def check_loss(loss: Any, number: int) -> None:
-    """Refuse what is no finite scalar loss, naming the batch."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return one scalar tensor, the mean loss; it returned {shape}.")
-    if not bool(torch.isfinite(loss).all()):
-        raise ValueError(
-            f"The loss of batch {number} is {float(loss.detach())}; splitting needs a finite loss, so "
-            "nothing was changed."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            "The loss does not depend on the network's parameters; loss_fn(model, batch) must return a "
-            "tensor that carries gradients."
-        )
+        return next(iter(self._cut.parameters.values()))

@@ -100,9 +100,53 @@ def adding(totals: Mapping[nn.Parameter, Tensor]) -> Iterator[Callable[[nn.Param
         _ADDED.update(outer[1])
 
 
+class _Constant(torch.autograd.Function):
+    """A convolution with a weight that is a constant: linear in what it reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kind: _Map) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.kind, ctx.shape = kind, x.shape
+        return kind.multiply(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        return _Transposed.apply(grad, weight, ctx.kind, ctx.shape), None, None
+
+
+class _Transposed(torch.autograd.Function):
+    """Its gradient in what it reads."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, kind: _Map, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.kind = kind
+        return kind.transposed(grad, weight, shape)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        return _Constant.apply(x, weight, ctx.kind), None, None, None
+
+
+@dataclass(frozen=True)
+class _Map:
+    """How a constant weight is multiplied with what it is given, and the transpose of that."""
+
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    transposed: Callable[[Tensor, Tensor, torch.Size], Tensor]
+
+
 def _reads_constant(input: Tensor, weight: Tensor) -> bool:
-    if input.requires_grad or not weight.requires_grad:
-        return False
+    return not input.requires_grad and weight.requires_grad and _alike(input, weight)
+
+
+def _is_constant(input: Tensor, weight: Tensor) -> bool:
+    return input.requires_grad and not weight.requires_grad and _alike(input, weight)
+
+
+def _alike(input: Tensor, weight: Tensor) -> bool:
     if input.dtype != weight.dtype or not input.is_floating_point():
         return False
     # the forward pass would cast, or be transformed by vmap, out of our sight
@@ -120,23 +164,35 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    if not _reads_constant(input, weight) or isinstance(padding, str) or input.ndim != dims + 2:
+    if isinstance(padding, str) or input.ndim != dims + 2:
+        return None
+    constant = _is_constant(input, weight)
+    if not (constant or _reads_constant(input, weight)):
         return None
     stride, padding, dilation = (_tuple(value, dims) for value in (stride, padding, dilation))
 
-    def gradient(grad: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        weight = grad.new_empty(1).expand(shape)  # only its shape is looked at
-        gradients = torch.ops.aten.convolution_backward(
-            *(grad, x, weight, None, stride, padding, dilation, False, [0] * dims, groups),
-            [False, True, False],
-        )
-        result: Tensor = gradients[1]
+    def multiply(x: Tensor, w: Tensor) -> Tensor:
+        return function(x, w, None, stride, padding, dilation, groups)
+
+    def backward(grad: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        options = (stride, padding, dilation, False, [0] * dims, groups)
+        found = torch.ops.aten.convolution_backward(grad, x, w, None, *options, mask)
+        result: Tensor = found[which]
         return result
 
-    kind = _Kind(
-        lambda x, w: function(x, w, None, stride, padding, dilation, groups), gradient, not weight.is_leaf
-    )
-    found: Tensor = _Weighting.apply(weight, input, kind)
+    def blank(like: Tensor, shape: torch.Size) -> Tensor:
+        return like.new_empty(1).expand(shape)  # only its shape is looked at
+
+    found: Tensor
+    if constant:
+        linear = _Map(multiply, lambda grad, w, shape: backward(grad, blank(grad, shape), w, 0))
+        found = _Constant.apply(input, weight, linear)
+    else:
+        kind = _Kind(
+            multiply, lambda grad, x, shape: backward(grad, x, blank(grad, shape), 1), not weight.is_leaf
+        )
+        found = _Weighting.apply(weight, input, kind)
     return found if bias is None else found + bias.view(-1, *[1] * dims)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -91,6 +92,40 @@ def test_a_product_convolves_twice_and_does_not_transpose() -> None:
         assert count("transposed convolution") == (0 if lean else 1)
         assert any("batch_norm" in n for n in names.seen) != lean
     assert counts == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("name", [n for n, (layer, _) in LAYERS.items() if isinstance(layer, nn.Conv2d)])
+def test_a_constant_weight_is_a_linear_map(name: str) -> None:
+    """Behind another layer: no derivative in the weight, neither first nor second; torch forms both."""
+    layer, shape = LAYERS[name]
+    channel = len(shape) - 3
+    first, x = (
+        nn.Conv2d(2, shape[channel], 1).double(),
+        torch.randn(*shape[:channel], 2, *shape[channel + 1 :]),
+    )
+    layers = nn.Sequential(first, nn.Tanh(), copy.deepcopy(layer).double().requires_grad_(False))
+    v = torch.randn_like(first.weight)
+    expected = _derivatives(layers, first.weight, x, v)
+    with LeanDerivatives():
+        found = _derivatives(layers, first.weight, x, v)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2], expected[2])
+
+
+def test_a_product_through_depthwise_filters_takes_no_loop_over_them() -> None:
+    """One convolution forth and one back for each layer, however many filters there are."""
+    counts = []
+    for width in (3, 12):
+        layers = nn.Sequential(
+            nn.Conv2d(2, width, 1), nn.Tanh(), nn.Conv2d(width, width, 3, groups=width).requires_grad_(False)
+        ).double()
+        weight, x = layers[0].weight, torch.randn(2, 2, 6, 6)
+        with LeanDerivatives():
+            (first,) = torch.autograd.grad(layers(x).sin().sum(), weight, create_graph=True)
+        with _Names() as names:
+            torch.autograd.grad(first, weight, torch.ones_like(weight))
+        counts.append([names.seen.count(f"aten.{n}") for n in ("convolution", "convolution_backward")])
+    assert counts == [[2, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("plain", [False, True])
