@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,24 +65,17 @@ class Findings:
         neuron, runs, reasons = self.table.resolve()
         raw |= self._biases(neuron)
         made = np.zeros(self.table.size + 1, dtype=bool)  # the last stands for "no neuron"
+        owner = np.append(neuron, -1)
         for key, labels in self.ports.items():
             if port_kind(key[1]) == "out":
                 made[neuron[labels.numpy()]] = True
         ports: dict[PortKey, PortMap] = {}
         for key, labels in (self.ports | self.loose).items():
             ids = labels.numpy()
-            known = (ids >= 0) & made[np.append(neuron, -1)[ids]]  # others met no neuron of a layer
+            known = (ids >= 0) & made[owner[ids]]  # others met no neuron of a layer
             if key in self.ports or (known.any() and key not in raw):
                 ports[key] = PortMap(np.where(known, neuron[ids], -1), np.where(known, runs[ids], -1))
-        places: dict[int, dict[PortKey, int]] = defaultdict(dict)
-        for key, port in ports.items():
-            ids, counts = np.unique(port.neuron[port.neuron >= 0], return_counts=True)
-            for i, count in zip(ids.tolist(), counts.tolist(), strict=True):
-                places[i][key] = count
-        kinds: dict[tuple[Any, str | None], list[int]] = defaultdict(list)
-        for i in sorted(places):
-            kinds[tuple(sorted(places[i].items())), reasons.get(i)].append(i)
-        groups, unsplittable = self._named(kinds, ports)
+        groups, unsplittable = self._named(_alike(ports, self.table.size, reasons), ports)
         return Architecture(
             tuple(groups),
             tuple(unsplittable),
@@ -159,15 +152,16 @@ class Findings:
 
     def _named(
         self,
-        kinds: Mapping[tuple[Any, str | None], list[int]],
+        kinds: Sequence[_Kind],
         ports: Mapping[PortKey, PortMap],
     ) -> tuple[list[ChannelGroup], list[Unsplittable]]:
-        order = {key: n for n, key in enumerate(ports)}
         groups, unsplittable = [], []
+        rank = np.full(self.table.size, -1)  # of each neuron in the group that is looked at
         used: dict[str, int] = defaultdict(int)
-        for (signature, reason), members in sorted(kinds.items(), key=lambda kv: kv[1][0]):
-            keys = sorted((key for key, _ in signature), key=order.__getitem__)
-            group = self._group(keys, members, ports)
+        for keys, reason, members in kinds:
+            rank[members] = np.arange(len(members))
+            group = self._group(keys, members.tolist(), ports, rank)
+            rank[members] = -1
             used[group.name] += 1
             if used[group.name] > 1:
                 group = dataclasses.replace(group, name=f"{group.name}#{used[group.name]}")
@@ -192,15 +186,13 @@ class Findings:
         return f"Layers that no pass called do not grow with the others: {named}."
 
     def _group(
-        self, keys: list[PortKey], members: list[int], ports: Mapping[PortKey, PortMap]
+        self, keys: Sequence[PortKey], members: list[int], ports: Mapping[PortKey, PortMap], rank: Index
     ) -> ChannelGroup:
         by_kind = {
             kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
             for kind in ("out", "through", "in")
         }
         layouts: dict[str, list[ThetaBlock]] = {"out": [], "through": [], "in": []}
-        rank = np.full(self.table.size, -1)
-        rank[members] = np.arange(len(members))
         for path in dict.fromkeys(path for path, _ in keys):
             module = self.layers[path]
             mine = {port for p, port in keys if p == path}
@@ -257,6 +249,52 @@ class Findings:
                 ids = self.ports.get((path, port), self.loose.get((path, port)))
                 if ids is not None:
                     self.table.bar(ids.tolist(), f"the tensor '{f'{path}.{name}'.lstrip('.')}' {why}")
+
+
+class _Kind(NamedTuple):
+    """Neurons that occur on the same ports, equally often on each, and are barred for the same reason."""
+
+    keys: Sequence[PortKey]  # the ports, in their order
+    reason: str | None
+    members: Index
+
+
+def _alike(ports: Mapping[PortKey, PortMap], size: int, reasons: Mapping[int, str]) -> list[_Kind]:
+    """All neurons sorted by where they occur, those with the smallest ids first."""
+    kind = np.zeros(size, dtype=np.int64)
+    steps: list[tuple[int, PortKey | None]] = [(0, None)]  # of each kind the one before, and one port more
+    for key, port in ports.items():
+        ids = port.neuron[port.neuron >= 0]
+        counts = np.ones_like(ids)
+        if not bool((ids[1:] > ids[:-1]).all()):
+            ids, counts = np.unique(ids, return_counts=True)
+        if ids.size:
+            pairs = kind[ids] * (counts.max() + 1) + counts
+            distinct, which = np.unique(pairs, return_inverse=True)
+            kind[ids] = len(steps) + which
+            steps += [(before, key) for before in (distinct // (counts.max() + 1)).tolist()]
+    barred = np.zeros(size, dtype=np.int64)
+    numbers: dict[str, int] = {}
+    for i, reason in reasons.items():
+        barred[i] = numbers.setdefault(reason, len(numbers) + 1)
+    placed = np.flatnonzero(kind)
+    _, first, which = np.unique(
+        kind[placed] * (len(numbers) + 1) + barred[placed], return_index=True, return_inverse=True
+    )
+    by_kind = np.split(placed[np.argsort(which, kind="stable")], np.cumsum(np.bincount(which))[:-1])
+    return [
+        _Kind(_keys(steps, int(kind[members[0]])), reasons.get(int(members[0])), members)
+        for members in (by_kind[n] for n in np.argsort(first).tolist())
+    ]
+
+
+def _keys(steps: Sequence[tuple[int, PortKey | None]], kind: int) -> list[PortKey]:
+    keys = []
+    while kind:
+        kind, key = steps[kind]
+        assert key is not None
+        keys.append(key)
+    return keys[::-1]
 
 
 def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:

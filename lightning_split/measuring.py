@@ -83,7 +83,7 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_recomputation())
         for m, _ in modes:
-            stack.enter_context(_attributes_kept(m))
+            stack.callback(_Attributes(m).restore)
         try:
             written += [(p, p.detach().clone()) for p, _ in grads if p in _WRITTEN]
             # Copies take the buffers' places: the originals are not even written to, and a graph that is
@@ -180,30 +180,32 @@ _INTERNAL = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, deque)
 
 
-@contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Let code write to a module's own attributes, and undo it."""
-    attributes = vars(module)
-    before = {name: value for name, value in attributes.items() if name not in _INTERNAL}
-    contents = [saved for value in before.values() for saved in _contents(value)]
-    # Some layers write to their own weights in the forward pass: embeddings with max_norm.
-    rescaled = [] if before.get("max_norm") is None else list(module.parameters(recurse=False))
-    weights = [p.detach().clone() for p in rescaled]
-    for name, value in before.items():
-        if isinstance(value, Tensor) and not value.requires_grad:
-            attributes[name] = value.clone()  # metric states are added to in place
-        elif isinstance(value, np.ndarray):
-            attributes[name] = value.copy()
-    try:
-        yield
-    finally:
-        for name in [n for n in attributes if n not in before and n not in _INTERNAL]:
+class _Attributes:
+    """A module's own attributes, so that code may write to them, and it is undone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = attributes = vars(module)
+        self._before = before = {name: v for name, v in attributes.items() if name not in _INTERNAL}
+        self._contents = [saved for value in before.values() for saved in _contents(value)]
+        # Some layers write to their own weights in the forward pass: embeddings with max_norm.
+        rescaled = [] if before.get("max_norm") is None else module.parameters(recurse=False)
+        self._weights = [(p, p.detach().clone()) for p in rescaled]
+        for name, value in before.items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                attributes[name] = value.clone()  # metric states are added to in place
+            elif isinstance(value, np.ndarray):
+                attributes[name] = value.copy()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        attributes = self._attributes
+        for name in [n for n in attributes if n not in self._before and n not in _INTERNAL]:
             del attributes[name]
-        attributes.update(before)
-        for container, content in contents:
+        attributes.update(self._before)
+        for container, content in self._contents:
             _refill(container, content)
         with torch.no_grad():
-            for p, weight in zip(rescaled, weights, strict=True):
+            for p, weight in self._weights:
                 p.copy_(weight)
 
 
@@ -212,7 +214,7 @@ def _contents(value: Any, depth: int = 4) -> list[tuple[Any, Any]]:
     if depth == 0:
         return []
     if type(value) not in _CONTAINERS:
-        if isinstance(value, (*_ATOMS, nn.Module, Tensor)) or not _is_helper(value):
+        if value is None or isinstance(value, _PLAIN) or not _is_helper(value):
             return []
         value = vars(value)
     inner = value.values() if isinstance(value, dict) else value
@@ -337,3 +339,4 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 
 _ATOMS = (str, bytes, int, float, complex, type, ModuleType, FunctionType, torch.dtype, torch.device)
+_PLAIN = (*_ATOMS, nn.Module, Tensor)

@@ -25,19 +25,26 @@ class NeuronTable:
     """
 
     def __init__(self) -> None:
-        self.size = 0
         self._ties: list[Ids] = []  # each (2, n)
-        self._runs = np.arange(0)
-        self._lookup: Tensor | None = None
+        self._store = np.full(1, FIXED)  # the block of each id; what is left stands for no neuron
+        self._lookup = torch.from_numpy(self._store)
+        self._runs = self._store[:0]
         self._reasons: dict[int, str] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return len(self._runs)
 
     def mint(self, count: int) -> Ids:
         """New ids for the outputs of a producer."""
-        ids = np.arange(self.size, self.size + count, dtype=np.int64)
-        self.size += count
-        self._runs = np.concatenate([self._runs, ids])
-        self._lookup = None
-        return ids
+        start, end = self.size, self.size + count
+        if end >= len(self._store):
+            self._store = np.append(self._runs, np.full(end + 1, FIXED))  # twice as long
+            self._lookup = torch.from_numpy(self._store)
+        self._runs = self._store[:end]
+        self._runs[start:] = np.arange(start, end, dtype=np.int64)
+        return self._runs[start:].copy()
 
     def tie(self, a: Ids, b: Ids) -> None:
         """Declare ``a[i]`` and ``b[i]`` the same neuron."""
@@ -49,7 +56,6 @@ class NeuronTable:
         if len(members) != members[-1] - members[0] + 1:
             return False
         self._runs[members] = members[0]
-        self._lookup = None
         return True
 
     def join(self, rows: Tensor) -> bool:
@@ -63,9 +69,7 @@ class NeuronTable:
 
     def runs(self, labels: Tensor) -> Tensor:
         """Labels with every id replaced by its block's first id (``-1`` stays)."""
-        if self._lookup is None:
-            self._lookup = torch.from_numpy(np.append(self._runs, FIXED))
-        return self._lookup[labels]  # index -1 is the appended FIXED
+        return self._lookup[labels]  # to which -1 leads, the last entry, is free
 
     def bar(self, ids: Iterable[int], reason: str) -> None:
         """Mark neurons as unsplittable; the first reason given is kept."""

@@ -26,8 +26,8 @@ _NOTHING: Mapping[str, Any] = {}
 class _OutlineMode(FakeTensorMode):
     """Asks once whether there is a GPU; torch asks for every operator, and looks for the driver each time.
 
-    Some operators have their shapes told here: with the weights of layers, which have values, torch takes a
-    millisecond for each call.
+    Some operators have their shapes told here: torch takes several times longer for those that are cheap, and
+    a millisecond with the weights of layers, which have values.
     """
 
     @cached_property
@@ -53,6 +53,33 @@ def _alike(args: Sequence[Any]) -> bool:
     )
 
 
+def _pointwise(*args: Any, **kwargs: Any) -> Tensor | None:
+    """For dense tensors; of others the result has strides of its own."""
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    if not all(t.is_contiguous() for t in tensors) or not _real(args, kwargs):
+        return None
+    first = tensors[0].shape
+    same = all(t.shape == first for t in tensors[1:])
+    return _like(tensors, first if same else torch.broadcast_shapes(*(t.shape for t in tensors)))
+
+
+def _in_place(target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    fits = shape_only(target) and all(t.shape == target.shape for t in tensors) and _real(args, kwargs)
+    return target if fits else None
+
+
+def _real(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether no number among the arguments makes the result complex."""
+    return not any(isinstance(a, complex) for a in (*args, *kwargs.values()))
+
+
+def _new_empty(x: Tensor, size: Sequence[int], **kwargs: Any) -> Tensor | None:
+    if not shape_only(x) or any(kwargs.values()):
+        return None
+    return _like((x,), tuple(size))
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor | None:
     fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and bias.shape == b.shape[1:]
     return _like((bias, a, b), (a.shape[0], b.shape[1])) if fits else None
@@ -73,12 +100,31 @@ def _layer_norm(
 
 def _like(tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """An outline of this shape, made by one of the tensors that is one."""
-    return next(t for t in tensors if shape_only(t)).new_empty(tuple(shape))
+    like: Any = next(t for t in tensors if shape_only(t))
+    return FakeTensor(like.fake_mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
 
 
+_aten = torch.ops.aten
+_UNARY = (
+    "silu",
+    "relu",
+    "sigmoid",
+    "tanh",
+    "gelu",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "elu",
+    "leaky_relu",
+)
 _SHAPES: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.addmm.default: _addmm,
-    torch.ops.aten.native_layer_norm.default: _layer_norm,
+    _aten.addmm.default: _addmm,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.new_empty.default: _new_empty,
+    **{getattr(_aten, name).default: _pointwise for name in _UNARY},
+    **{getattr(_aten, f"{name}_").default: _in_place for name in _UNARY},
+    **{getattr(_aten, name).Tensor: _pointwise for name in ("add", "sub", "mul", "div")},
+    **{getattr(_aten, f"{name}_").Tensor: _in_place for name in ("add", "sub", "mul", "div")},
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,15 @@ class Split:
         """How many of the offspring are new neurons."""
         return sum(w == 0 for w in self.weights)
 
+    def is_like(self, other: Split) -> bool:
+        """Whether it is the same split of another neuron, made of the very same objects."""
+        return (
+            self.displacements is other.displacements
+            and self.weights is other.weights
+            and self.through is other.through
+            and self.outgoing is other.outgoing
+        )
+
     def part(self, part: Part) -> Tensor | None:
         """The displacement of one part of the offspring's weights."""
         return {"incoming": self.displacements, "through": self.through, "outgoing": self.outgoing}[part]
@@ -91,36 +101,51 @@ def check_splits(arch: Architecture, splits: Sequence[Split], *, values: bool) -
     Raises:
         ValueError: If one does not fit.
     """
-    seen: set[tuple[str, int]] = set()
+    of_group: dict[str, list[Split]] = defaultdict(list)
     for split in splits:
-        group: ChannelGroup = _known_group(arch, split.group)
-        here = f"The split of neuron {split.neuron} of '{split.group}'"
-        if not 0 <= split.neuron < group.width:
-            raise ValueError(f"{here} is out of range: the group has {group.width} neurons.")
-        if (split.group, split.neuron) in seen:
-            raise ValueError(f"{here} occurs twice; give one split with all its offspring.")
-        seen.add((split.group, split.neuron))
-        m, shape = len(split.weights), tuple(split.displacements.shape)
-        if m < 2 or shape != (m, group.dim):
+        of_group[split.group].append(split)
+    for name, mine in of_group.items():
+        group: ChannelGroup = _known_group(arch, name)
+        lengths = {part: sum(block.size for block in blocks_of(group, part)) for part in PARTS}
+        seen: set[int] = set()
+        last: Split | None = None
+        for split in mine:
+            if not 0 <= split.neuron < group.width:
+                raise ValueError(f"{_told(split)} is out of range: the group has {group.width} neurons.")
+            if split.neuron in seen:
+                raise ValueError(f"{_told(split)} occurs twice; give one split with all its offspring.")
+            seen.add(split.neuron)
+            if last is None or not split.is_like(last):
+                _check_offspring(split, lengths, values=values)
+            last = split
+
+
+def _check_offspring(split: Split, lengths: Mapping[Part, int], *, values: bool) -> None:
+    m, shape, dim = len(split.weights), tuple(split.displacements.shape), lengths["incoming"]
+    if m < 2 or shape != (m, dim):
+        raise ValueError(
+            f"{_told(split)} has {m} offspring weights and displacements of shape {shape}; it "
+            f"needs at least two weights and displacements of shape (number of weights, {dim})."
+        )
+    for part in PARTS[1:]:
+        moved, length = split.part(part), lengths[part]
+        if moved is not None and tuple(moved.shape) != (m, length):
             raise ValueError(
-                f"{here} has {m} offspring weights and displacements of shape {shape}; it "
-                f"needs at least two weights and displacements of shape (number of weights, {group.dim})."
+                f"{_told(split)} has {part} displacements of shape {tuple(moved.shape)}; they need "
+                f"shape ({m}, {length})."
             )
-        for part in PARTS[1:]:
-            moved, length = split.part(part), sum(block.size for block in blocks_of(group, part))
-            if moved is not None and tuple(moved.shape) != (m, length):
-                raise ValueError(
-                    f"{here} has {part} displacements of shape {tuple(moved.shape)}; they need "
-                    f"shape ({m}, {length})."
-                )
-        total = math.fsum(split.weights)
-        if not math.isfinite(total) or abs(total - 1) > 1e-6:
-            raise ValueError(
-                f"{here} has offspring weights that sum to {total}; they must sum to 1, or the network's "
-                "function would jump."
-            )
-        if values and not _finite(split.part(part) for part in PARTS):
-            raise ValueError(f"{here} has displacements that are not finite.")
+    total = math.fsum(split.weights)
+    if not math.isfinite(total) or abs(total - 1) > 1e-6:
+        raise ValueError(
+            f"{_told(split)} has offspring weights that sum to {total}; they must sum to 1, or the network's "
+            "function would jump."
+        )
+    if values and not _finite(split.part(part) for part in PARTS):
+        raise ValueError(f"{_told(split)} has displacements that are not finite.")
+
+
+def _told(split: Split) -> str:
+    return f"The split of neuron {split.neuron} of '{split.group}'"
 
 
 def _finite(tensors: Iterable[Tensor | None]) -> bool:

@@ -204,7 +204,8 @@ class Surgery:
                 done.add(id(tensor))
                 found = self._grown(path, name, tensor, axes, mine)
                 if isinstance(tensor, nn.Parameter):
-                    maps = {a: g.as_map(consumed=a in found.consumed) for a, g in found.axes.items()}
+                    grown = {} if self._hollow else found.axes
+                    maps = {a: g.as_map(consumed=a in found.consumed) for a, g in grown.items()}
                     new = as_parameter(found.new, tensor)
                     found = Widened(new, found.axes, found.consumed)
                     self.replaced[tensor] = Replacement(new, maps)

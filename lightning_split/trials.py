@@ -13,6 +13,7 @@ from lightning_split.splits import Split, tensor_at
 
 __all__ = ["all_haunted", "multiplied", "one_of_each", "portions"]
 
+_SAMPLE = 10_000  # of a tensor's entries, that tell their size
 _LARGE_WEIGHTS, _FEW_USES, _PORTION = 1e7, 20, 0.9  # networks whose weights take most of the memory
 
 
@@ -36,14 +37,21 @@ def portions(model: nn.Module, arch: Architecture, macs: float) -> list[tuple[Ch
     return [*found, arch.groups[start:]]
 
 
-def one_of_each(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, list[Split]]:
-    """A neuron in the middle of every group, into two copies and a ghost."""
-    found = {}
-    for group, ghost in _ghosts(model, groups, count=1):
-        still = torch.zeros(group.dim)
-        moved = torch.stack([still, still, ghost[0]])
-        found[group.name] = [Split(group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), moved)]
-    return found
+def one_of_each(
+    model: nn.Module, groups: Sequence[ChannelGroup], *, hollow: bool = False
+) -> dict[str, list[Split]]:
+    """A neuron in the middle of every group, into two copies and a ghost; it has no values if ``hollow``."""
+    if hollow:
+        moves: Iterator[tuple[ChannelGroup, Tensor]] = ((g, torch.zeros(()).expand(3, g.dim)) for g in groups)
+    else:
+        moves = (
+            (group, torch.cat([torch.zeros(2, group.dim), ghost]))
+            for group, ghost in _ghosts(model, groups, count=1)
+        )
+    return {
+        group.name: [Split(group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), moved)]
+        for group, moved in moves
+    }
 
 
 def all_haunted(model: nn.Module, arch: Architecture, part: int) -> dict[str, list[Split]]:
@@ -63,7 +71,8 @@ def multiplied(arch: Architecture) -> dict[str, list[Split]]:
     for number, group in enumerate(arch.groups):
         m = 2 + number % 5
         still = torch.zeros(()).expand(m, group.dim)
-        found[group.name] = [Split(group.name, i, (1 / m,) * m, still) for i in range(group.width)]
+        weights = (1 / m,) * m
+        found[group.name] = [Split(group.name, i, weights, still) for i in range(group.width)]
     return found
 
 
@@ -76,7 +85,8 @@ def _ghosts(
         parts = []
         for block in group.theta:
             weight = model.get_submodule(block.module).get_parameter(block.tensor).detach()
-            size = float(torch.linalg.vector_norm(weight, 1)) / weight.numel()
+            some = weight.reshape(-1)[:: 1 + weight.numel() // _SAMPLE]
+            size = float(some.abs().mean())
             size = size + 1e-2 if math.isfinite(size) else 1.0
             parts.append(size * torch.randn(count or group.width, block.size, generator=generator))
         yield group, torch.cat(parts, dim=1)

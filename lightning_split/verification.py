@@ -198,7 +198,7 @@ def verified_sizes(
     for train, read in seen.items():
         trial = _Trial(model, run, example, read, train=train, graph=not hollow)
         many = (not train or len(seen) == 1) and (hollow or _is_small(arch))
-        splits = multiplied(arch) if many else one_of_each(model, arch.groups)
+        splits = multiplied(arch) if many else one_of_each(model, arch.groups, hollow=hollow)
         arch = _without_culprits(model, arch, trial, splits, hollow=hollow)
     return arch
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import zoo
+from lightning_split import trace
 from torch import nn
 from torchvision import models
 from torchvision.models import efficientnet, inception, maxvit, mobilenetv3, regnet, resnet
 from torchvision.models import swin_transformer as swin
 from torchvision.models.googlenet import BasicConv2d, Inception
 
-from exactness import assert_splits_exactly, randomise
+from exactness import assert_splits_exactly, depends_on_every_group, moved_by_rounding, randomise
 
 CLASSES = 5
 
@@ -122,7 +123,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
     "squeezenet": (lambda: models.SqueezeNet("1_1", CLASSES), 32, 1.0),
     "googlenet": (_googlenet, 64, 1.0),
     "inception": (_inception, 96, 1.0),
-    "mnasnet": (lambda: models.MNASNet(0.2, CLASSES), 32, 1.0),
+    "mnasnet": (lambda: models.MNASNet(0.2, CLASSES), 64, 1.0),
     "mobilenet_v2": (
         lambda: models.MobileNetV2(CLASSES, inverted_residual_setting=[[1, 8, 1, 1], [3, 8, 2, 2]]),
         32,
@@ -152,6 +153,19 @@ def test_a_member_of_each_family_splits_exactly(family: str) -> None:
     arch = assert_splits_exactly(model, x)
     found, hidden = zoo.share(arch)
     assert found >= share * hidden, str(arch)
+
+
+@pytest.mark.parametrize("family", ["efficientnet", "mnasnet", "regnet_y", "resnet"])
+@pytest.mark.usefixtures("double")
+def test_rounding_lies_far_below_what_is_asked_for_and_a_mistake_far_above(family: str) -> None:
+    """The control of the tests here: the randomised networks neither amplify rounding nor hide neurons."""
+    build, size, _ = FAMILIES[family]
+    model, x = build().double(), torch.randn(2, 3, size, size)
+    randomise(model, x)
+    assert moved_by_rounding(model, x) < 1e-11
+    arch = trace(model, x)
+    silent = depends_on_every_group(model, x, arch, visible=1e-6)
+    assert len(silent) <= len(arch.groups) // 10, silent  # one neuron of each is moved, and ReLUs may be dead
 
 
 @pytest.mark.usefixtures("double")
