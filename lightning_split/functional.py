@@ -140,10 +140,14 @@ def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
 
 
 def _added(
-    mode: RawMatrices, func: Any, input: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1
+    mode: RawMatrices, func: Any, input: Any, *factors: Any, beta: Any = 1, alpha: Any = 1, **named: Any
 ) -> Reading | None:
+    factors += tuple(named[name] for name in ("mat1", "mat2", "batch1", "batch2") if name in named)
+    if len(factors) != 2 or "out" in named or (beta, alpha) != (1, 1):
+        return None
+    x, weight = factors
     found = mode.whose(weight)
-    if found is None or mode.whose(x) is not None or (beta, alpha) != (1, 1):
+    if found is None or mode.whose(x) is not None:
         return None
     return _product(found, x, weight, lambda x: torch.matmul(x, weight), input)
 

@@ -89,7 +89,11 @@ def attention(op: Operation) -> None:
     if labels is not None and all(h is not None for h in heads):  # each head is one neuron
         whole = heads[0]
         for other in heads[1:]:
-            whole = mode.unify(whole, other, op.name)  # type: ignore[arg-type]
+            assert whole is not None
+            assert other is not None
+            if 1 < other.shape[-3] < whole.shape[-3]:  # several queries share a head, and are one with it
+                other = other.repeat_interleave(whole.shape[-3] // other.shape[-3], -3)
+            whole = mode.unify(whole, other, op.name)
         mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
         return
     op.refuse(

@@ -44,6 +44,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "experts one by one": (lambda m, h: h @ m.w[0] + F.linear(torch.sin(h), m.w[1].T), (2, 5, 6)),
     "unbound": (lambda m, h: sum(torch.einsum("bi,oi->bo", h, w) for w in m.w.unbind()), (2, 6, 5)),
     "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
+    "factors by name": (lambda m, h: m.b.addmm(mat1=h, mat2=m.w), (5, 6)),
     "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
 }
 

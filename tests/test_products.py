@@ -94,6 +94,21 @@ class Attention(nn.Module):
         return self.out(torch.tanh(self.mix(y.transpose(1, 2).flatten(2)))).mean(1)
 
 
+class Shared(nn.Module):
+    """Grouped queries: two heads of queries share one of keys and values, and the code leaves open how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.out = nn.Linear(3, 6), nn.Linear(6, 16), nn.Linear(16, 2)
+        self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.embed(x))
+        heads = [t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (self.q(x), self.k(x), self.v(x))]
+        y = F.scaled_dot_product_attention(*heads, enable_gqa=True)
+        return self.out(torch.tanh(y.transpose(1, 2).flatten(2))).mean(1)
+
+
 class Cross(nn.Module):
     """``nn.MultiheadAttention`` from one sequence to another, longer and wider one."""
 
@@ -173,6 +188,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "single": (lambda: Attention("matmul", 1), SEQUENCE),
     "heads": (lambda: Attention("matmul", open_heads=True), SEQUENCE),
     "fused heads": (lambda: Attention("fused", open_heads=True), SEQUENCE),
+    "shared heads": (Shared, SEQUENCE),
     "encoder": (_encoder, SEQUENCE),
     "cross": (lambda: Cross(True), SEQUENCE),
     "wide cross": (lambda: Cross(False), SEQUENCE),
