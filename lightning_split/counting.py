@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture, Counted, PortMap
 from lightning_split.context import GrowthContext
 from lightning_split.layers import Block, Port, layer_tensors, rule_for
-from lightning_split.loose import growing_tensors
+from lightning_split.loose import growing_tensors, loose_port
 from lightning_split.measuring import undisturbed
 from lightning_split.pricing import Axis, Prices, Product
 from lightning_split.surgery import Surgery
@@ -29,6 +29,7 @@ __all__ = [
     "passing",
     "port_axis",
     "priced",
+    "raw_products",
     "weights",
 ]
 
@@ -180,6 +181,28 @@ def port_axis(arch: Architecture, path: str, port: Port, size: int) -> Axis:
     multiple = size / len(neurons.neuron)
     growth = {g: count * multiple for g, count in _Groups(arch).on(neurons).items()}
     return Axis(float(size), tuple(growth.items()))
+
+
+class RawProduct(NamedTuple):
+    """All products with one raw matrix."""
+
+    tensor: Tensor
+    sizes: tuple[Axis, ...]  # of the tensor
+    made: int | None  # the axis along which it makes neurons
+    uses: float  # how often each entry is multiplied for one sample
+
+
+def raw_products(model: nn.Module, arch: Architecture) -> Iterator[RawProduct]:
+    """Every raw matrix that reads or makes neurons."""
+    groups = _Groups(arch)
+    for (path, name), uses in arch.multiplied.items():
+        tensor, sizes, made = model.get_submodule(path).get_parameter(name), list[Axis](), None
+        for axis, length in enumerate(tensor.shape):
+            kinds = [(path, loose_port(name, axis, kind)) for kind in ("in", "out")]
+            found = next((arch.ports[key] for key in kinds if key in arch.ports), None)
+            sizes.append(Axis(float(length), tuple(groups.on(found).items())))
+            made = axis if kinds[1] in arch.ports else made
+        yield RawProduct(tensor, tuple(sizes), made, uses)
 
 
 class LayerCall(NamedTuple):

@@ -88,12 +88,15 @@ class Chooser:
             ValueError: If the strategy returns what it was not given.
         """
         priced = [self._priced(c) for c in candidates]
-        chosen = list(self.strategy.select(priced))
+        name, answer = type(self.strategy).__name__, self.strategy.select(priced)
+        if not isinstance(answer, Iterable):
+            raise ValueError(f"{name}.select returned {answer!r}; return a list of candidates.")
+        chosen = list(answer)
         given = {id(c) for c in priced}
         unknown = [c for c in chosen if id(c) not in given]
         if unknown:
             raise ValueError(
-                f"{type(self.strategy).__name__}.select returned a candidate that it was not given (neuron "
+                f"{name}.select returned a candidate that it was not given (neuron "
                 f"{unknown[0].neuron} of '{unknown[0].group}'); return a subset of the candidates."
             )
         return self._within_limits(best_per_neuron(chosen))

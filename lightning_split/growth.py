@@ -113,7 +113,7 @@ def grow(
     fresh = None if confirm_batches is None else FreshBatches(confirm_batches, ranks)
     check = batches if fresh is None else fresh.first(_CHECKED)
     step = as_step_size(step_size)
-    _check_arguments(batches, check, significance)
+    _check_arguments(batches, check, significance, max_params, max_macs)
     whole = trace_step(model, batches[0], loss_fn, followers)
     arch = select_groups(whole.without(dict(barred or {})), include, exclude)
     before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
@@ -250,9 +250,18 @@ def select_groups(
     return replace(arch, groups=tuple(kept))
 
 
-def _check_arguments(batches: list[Any], check: list[Any], significance: float | None) -> None:
+def _check_arguments(
+    batches: list[Any],
+    check: list[Any],
+    significance: float | None,
+    max_params: float | None,
+    max_macs: float | None,
+) -> None:
     if not batches:
         raise ValueError("grow needs at least one batch, and the iterable is empty.")
+    for name, limit in (("max_params", max_params), ("max_macs", max_macs)):
+        if limit is not None and not limit >= 0:
+            raise ValueError(f"{name} must be at least 0, or None for no limit, got {limit}.")
     if not check:
         raise ValueError("confirm_batches is empty; pass None to do without a confirmation.")
     if significance is not None and not 0 < significance < 1:

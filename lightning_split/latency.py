@@ -6,8 +6,9 @@ import itertools
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import fit_to_state_dict
 from lightning_split.context import GrowthContext
 from lightning_split.costs import Cost
-from lightning_split.counting import LayerCall, layer_calls, passing, port_axis
+from lightning_split.counting import LayerCall, RawProduct, layer_calls, passing, port_axis, raw_products
 from lightning_split.layers import Port, layer_tensors, port_kind, port_sizes, rule_for
+from lightning_split.measuring import batch_size
 from lightning_split.pricing import Axis, Counts, Prices
 
 __all__ = ["MeasuredLatency"]
@@ -40,7 +42,7 @@ _ACROSS = "across"  # stands for the neurons of others that pass through a layer
 
 @dataclass(frozen=True)
 class MeasuredLatency(Cost):
-    """Milliseconds of a forward pass over a batch in the layers that have a rule, as measured on the device.
+    """Milliseconds of a forward pass over a batch in layers and raw matrices, as measured on the device.
 
     Each layer that grows is timed by itself on inputs of the sizes that it really gets, at its present
     width and at some larger ones in every direction in which it can grow; between them the time is
@@ -87,11 +89,12 @@ class MeasuredLatency(Cost):
 
     def price(self, context: GrowthContext) -> Prices:
         """See :meth:`Cost.price`."""
-        number = Counter[str]()
-        calls = []
+        number, calls = Counter[str](), list[_Timed]()
         for call in layer_calls(context):  # on every process alike
             calls.append(_Call(context.arch, call, number[call.path], self))
             number[call.path] += 1
+        samples = batch_size(context.batches[0])
+        calls += [_Product(p, samples, self) for p in raw_products(context.model, context.arch)]
         found: tuple[Prices, dict[str, list[float]]] | None = None
         if context.ranks.is_first:
             missing = {call.key: call for call in reversed(calls) if call.key not in self._table}
@@ -139,47 +142,26 @@ class _Lookup:
         return np.asarray(times * beyond)
 
 
-class _Call:
-    """One call of a layer: what is timed, and under which name the times are kept."""
+class _Timed(ABC):
+    """Something that is timed at several sizes, and the name under which the times are kept."""
 
-    def __init__(self, arch: Architecture, call: LayerCall, number: int, cost: MeasuredLatency) -> None:
-        self.call, self.cost = call, cost
-        sizes = port_sizes(call.layer)
-        found = {
-            port: port_axis(arch, call.path, port, size)
-            for port, size in sizes.items()
-            if (call.path, port) in arch.ports
-        }
-        self.axes: dict[Port, Axis] = {port: axis for port, axis in found.items() if axis.growth}
-        self.sizes = sizes
-        self.along: int | None = None  # axis of its input that the neurons of others lengthen
-        if not self.axes:
-            self._crossed(*passing(arch, call.path, number))
-        self.key = self._key()
+    def __init__(self, cost: MeasuredLatency, axes: dict[Port, Axis], what: Sequence[Any]) -> None:
+        self.cost = cost
+        self.axes = axes  # along which it grows
+        # What has one key takes equally long: device, kind, attributes, shapes, and how it is timed.
+        self.key = "; ".join(map(str, (*what, [*axes], (cost.factors, cost.repeats, cost.backward))))
 
-    def _crossed(self, along: int | None, share: Axis) -> None:
-        """The neurons of others that pass are a direction in which the time of the layer grows."""
-        x = next(iter(_tensors((self.call.args, self.call.kwargs))), None)
-        if share.growth and x is not None and x.ndim:
-            self.along = next((d for d in range(x.ndim) if x.shape[d] == 1), 0) if along is None else along
-            size = x.shape[self.along]
-            growth = tuple((g, each * size) for g, each in share.growth)
-            self.axes[_ACROSS] = Axis(float(size), growth)
+    @abstractmethod
+    def _prepared(self, sizes: Mapping[Port, int]) -> tuple[Callable[..., Any], Any, Any]:
+        """What runs at these sizes, and with which arguments."""
 
-    def _key(self) -> str:
-        """Layers of one key take equally long: device, kind, attributes, shapes, and how they are timed."""
-        layer = self.call.layer
-        tensors = [f"{n}{tuple(t.shape)}{t.dtype}" for n, (t, _) in layer_tensors(layer).items()]
-        inputs = [f"{tuple(t.shape)}{t.dtype}" for t in _tensors((self.call.args, self.call.kwargs))]
-        where = {_device_name(t) for t in [*layer.parameters(), *_tensors(self.call.args)]}
-        settings = (self.cost.factors, self.cost.repeats, self.cost.backward)
-        kind = (type(layer).__name__, layer.extra_repr())
-        parts = (sorted(where), kind, tensors, inputs, [*self.axes], self.along, settings)
-        return "; ".join(map(str, parts))
+    @abstractmethod
+    def _macs(self, sizes: Mapping[Port, int]) -> float:
+        """What the time is in proportion to if it cannot be run, in any unit."""
 
     @property
     def grid(self) -> tuple[tuple[float, ...], ...]:
-        """Sizes at which the layer is timed, along each axis on which it grows."""
+        """Sizes at which it is timed, along each axis on which it grows."""
         return tuple(
             tuple(
                 float(max(axis.size + number, round(axis.size * factor)))
@@ -190,14 +172,103 @@ class _Call:
 
     def measured(self) -> list[float]:
         """Milliseconds at every point of the grid, the last axis running fastest."""
-        points = list(itertools.product(*self.grid))
+        points = [
+            dict(zip(self.axes, map(int, point), strict=True)) for point in itertools.product(*self.grid)
+        ]
         first = self._timed({})
-        times = [first]
         try:
-            times += [self._timed(dict(zip(self.axes, map(int, p), strict=True))) for p in points[1:]]
+            return [first, *map(self._timed, points[1:])]
         except Exception:  # the layer needs something that only its network gives it
-            return [first * self._weights(p) / max(1.0, self._weights(points[0])) for p in points]
-        return times
+            return [first * self._macs(p) / max(1.0, self._macs(points[0])) for p in points]
+
+    def term(self, times: Sequence[float]) -> _Lookup:
+        """The lookup, made to rise with every size."""
+        grid = self.grid
+        table = np.array(times, dtype=np.float64).reshape([len(g) for g in grid])
+        for axis, sizes in enumerate(grid):
+            start = np.take(table, [0], axis)
+            table = np.maximum.accumulate(table, axis)
+            shape = [-1 if d == axis else 1 for d in range(len(grid))]
+            grown = np.array(sizes).reshape(shape) / sizes[0] - 1.0
+            table = np.maximum(table, start * (1.0 + _LEAST_SLOPE * grown))
+        return _Lookup(tuple(self.axes.values()), grid, table)
+
+    def _timed(self, sizes: Mapping[Port, int]) -> float:
+        """Median milliseconds at some sizes."""
+        function, args, kwargs = self._prepared(sizes)
+        times = []
+        with torch.enable_grad() if self.cost.backward else torch.no_grad():
+            for run in range(self.cost.repeats + (self.cost.repeats + 2) // 3):
+                with _stopwatch(args) as elapsed:
+                    output = function(*args, **kwargs)
+                    if self.cost.backward:
+                        heads = [t.sum() for t in _tensors(output) if t.requires_grad]
+                        if heads:
+                            torch.autograd.backward(heads)
+                if run >= (self.cost.repeats + 2) // 3:
+                    times.append(elapsed[0])
+        return statistics.median(times)
+
+
+class _Product(_Timed):
+    """A raw matrix, timed as one matrix product of as many multiply-accumulates."""
+
+    def __init__(self, found: RawProduct, samples: int, cost: MeasuredLatency) -> None:
+        tensor, self.made = found.tensor, found.made
+        self.tensor, self.rows = tensor, max(1, round(found.uses * samples))
+        axes = {str(axis): size for axis, size in enumerate(found.sizes) if size.growth}
+        what = _device_name(tensor), "raw", tuple(tensor.shape), tensor.dtype, self.rows, self.made
+        super().__init__(cost, axes, what)
+
+    def _sizes(self, sizes: Mapping[Port, int]) -> tuple[int, int]:
+        """What is summed, and what is made."""
+        shape = [sizes.get(str(axis), size) for axis, size in enumerate(self.tensor.shape)]
+        made = 1 if self.made is None else shape.pop(self.made)
+        return math.prod(shape), made
+
+    def _prepared(self, sizes: Mapping[Port, int]) -> tuple[Callable[..., Any], Any, Any]:
+        summed, made = self._sizes(sizes)
+        shapes = (self.rows, summed), (summed, made)
+        args = [self.tensor.new_full(s, 0.5).requires_grad_(self.cost.backward) for s in shapes]
+        return torch.matmul, args, {}
+
+    def _macs(self, sizes: Mapping[Port, int]) -> float:
+        return float(math.prod(self._sizes(sizes)))
+
+
+class _Call(_Timed):
+    """One call of a layer."""
+
+    def __init__(self, arch: Architecture, call: LayerCall, number: int, cost: MeasuredLatency) -> None:
+        self.call, layer = call, call.layer
+        self.sizes = port_sizes(layer)
+        found = {
+            port: port_axis(arch, call.path, port, size)
+            for port, size in self.sizes.items()
+            if (call.path, port) in arch.ports
+        }
+        axes: dict[Port, Axis] = {port: axis for port, axis in found.items() if axis.growth}
+        self.along: int | None = None  # axis of its input that the neurons of others lengthen
+        if not axes:
+            axes = self._crossed(*passing(arch, call.path, number))
+        given = _tensors((call.args, call.kwargs))
+        what = (
+            sorted({_device_name(t) for t in [*layer.parameters(), *given]}),
+            (type(layer).__name__, layer.extra_repr()),
+            [f"{n}{tuple(t.shape)}{t.dtype}" for n, (t, _) in layer_tensors(layer).items()],
+            [f"{tuple(t.shape)}{t.dtype}" for t in given],
+            self.along,
+        )
+        super().__init__(cost, axes, what)
+
+    def _crossed(self, along: int | None, share: Axis) -> dict[Port, Axis]:
+        """The neurons of others that pass are a direction in which the time of the layer grows."""
+        x = next(iter(_tensors((self.call.args, self.call.kwargs))), None)
+        if not share.growth or x is None or not x.ndim:
+            return {}
+        self.along = next((d for d in range(x.ndim) if x.shape[d] == 1), 0) if along is None else along
+        size = x.shape[self.along]
+        return {_ACROSS: Axis(float(size), tuple((g, each * size) for g, each in share.growth))}
 
     def _shapes(self, sizes: Mapping[Port, int]) -> dict[str, list[int]]:
         """Shapes of the layer's tensors at other sizes."""
@@ -209,9 +280,7 @@ class _Call:
                 shapes[name][axis] = sum(sizes[b.port] * b.multiple for b in blocks)
         return shapes
 
-    def _weights(self, point: Sequence[float]) -> float:
-        """Number of weights at other sizes, each as often as it is used for neurons that pass."""
-        sizes = dict(zip(self.axes, map(int, point), strict=True))
+    def _macs(self, sizes: Mapping[Port, int]) -> float:
         return float(sum(map(math.prod, self._shapes(sizes).values())) * sizes.get(_ACROSS, 1))
 
     def _resized(self, sizes: Mapping[Port, int]) -> nn.Module:
@@ -227,34 +296,8 @@ class _Call:
                     tensor.fill_(0.5)
         return layer
 
-    def term(self, times: Sequence[float]) -> _Lookup:
-        """The lookup, made to rise with every size."""
-        grid = self.grid
-        table = np.array(times, dtype=np.float64).reshape([len(g) for g in grid])
-        for axis, sizes in enumerate(grid):
-            start = np.take(table, [0], axis)
-            table = np.maximum.accumulate(table, axis)
-            shape = [-1 if d == axis else 1 for d in range(len(grid))]
-            grown = np.array(sizes).reshape(shape) / sizes[0] - 1.0
-            table = np.maximum(table, start * (1.0 + _LEAST_SLOPE * grown))
-        return _Lookup(tuple(self.axes.values()), grid, table)
-
-    def _timed(self, sizes: Mapping[Port, int]) -> float:
-        """Median milliseconds of the layer at some sizes, on inputs of the sizes that go with them."""
-        layer = self._resized(sizes)
-        args, kwargs = self._inputs(sizes)
-        times = []
-        with torch.enable_grad() if self.cost.backward else torch.no_grad():
-            for run in range(self.cost.repeats + (self.cost.repeats + 2) // 3):
-                with _stopwatch(args) as elapsed:
-                    output = layer(*args, **kwargs)
-                    if self.cost.backward:
-                        heads = [t.sum() for t in _tensors(output) if t.requires_grad]
-                        if heads:
-                            torch.autograd.backward(heads)
-                if run >= (self.cost.repeats + 2) // 3:
-                    times.append(elapsed[0])
-        return statistics.median(times)
+    def _prepared(self, sizes: Mapping[Port, int]) -> tuple[Callable[..., Any], Any, Any]:
+        return self._resized(sizes), *self._inputs(sizes)
 
     def _inputs(self, sizes: Mapping[Port, int]) -> tuple[Any, Any]:
         """The inputs of the call; where the layer reads more neurons, they are repeated."""

@@ -91,9 +91,9 @@ def attention(op: Operation) -> None:
         for other in heads[1:]:
             assert whole is not None
             assert other is not None
-            if 1 < other.shape[-3] < whole.shape[-3]:  # several queries share a head, and are one with it
-                other = other.repeat_interleave(whole.shape[-3] // other.shape[-3], -3)
-            whole = mode.unify(whole, other, op.name)
+            # Several queries that share a head are one with it.
+            times = whole.shape[-3] // other.shape[-3] if other.shape[-3] > 1 else 1
+            whole = mode.unify(whole, other.repeat_interleave(times, -3), op.name)
         mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
         return
     op.refuse(

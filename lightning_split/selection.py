@@ -305,7 +305,7 @@ class KnapsackEnergy(SelectionStrategy):
             if not (0.0 < c.cost < math.inf or (bound and c.cost == 0.0)):
                 raise ValueError(
                     f"Neuron {c.neuron} of group '{c.group}' has cost {c.cost!r}; KnapsackEnergy "
-                    "needs positive finite costs."
+                    "needs positive finite costs; choose a cost that counts it, or exclude the group."
                 )
         check_finite(candidates)
         network = self._network or NetworkPrices(Prices(math.fsum(c.cost for c in candidates)))

@@ -314,36 +314,40 @@ def test_latency_is_a_lookup_of_timed_layers(monkeypatch: pytest.MonkeyPatch) ->
     assert len(timed) == number  # nothing was measured again
 
 
-def test_latency_of_layers_over_positions_grows_with_the_neurons_that_pass(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Timed by a stopwatch that counts multiply-accumulates, of a layer that two groups pass through."""
+@pytest.mark.parametrize("name", ["positions", "raw"])
+def test_latency_is_that_of_all_that_grows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stopwatch that counts multiply-accumulates: layers over positions, raw matrices, and all sizes."""
     from lightning_split import latency
 
-    def count(self: Any, sizes: Any) -> float:
-        args, kwargs = self._inputs(sizes)
-        layer = self._resized(sizes)
+    def of_layer(self: Any, sizes: Any) -> float:
+        layer, args, kwargs = self._prepared(sizes)
         output = layer(*args, **kwargs)
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        return float(layer.weight.numel() * output.numel() / output.shape[axis] / len(output))
+        return float(layer.weight.numel() * output.numel() / output.shape[axis])
 
-    monkeypatch.setattr(latency._Call, "_timed", count)
-    model, x, loss = problem("positions")
-    context = context_of(model, x, loss)
+    def of_matrix(self: Any, sizes: Any) -> float:
+        product, (x, weight), _ = self._prepared(sizes)
+        return float(product(x, weight).numel() * len(weight))
+
+    monkeypatch.setattr(latency._Call, "_timed", of_layer)
+    monkeypatch.setattr(latency._Product, "_timed", of_matrix)
+    model, x, loss = problem(name)
+    context, samples = context_of(model, x, loss), len(x)
     cost = MeasuredLatency(factors=(1.0, 2.0))
     prices, macs = cost.price(context), Macs().price(context)
-    assert prices.total == macs.total
-    groups = [g.name for g in context.arch.groups]
-    assert groups == ["lift", "mid"]
-    for counts in ({"lift": 1}, {"mid": 2}, {"lift": 2, "mid": 3}, {"lift": 20}):
-        assert prices.added(counts) == pytest.approx(macs.added(counts))
+    assert prices.total == samples * macs.total
+    first, *others = [g.name for g in context.arch.groups]
+    assert others
+    for counts in ({first: 1}, {others[-1]: 2}, {first: 2, others[0]: 3}, {first: 20}):
+        assert prices.added(counts) == pytest.approx(samples * macs.added(counts))
     report = grow(model, [x], loss, strategy=KnapsackEnergy(0.3, cost=cost, max_factor=None))
-    assert 0 < report.cost_after.macs - report.cost_before.macs == report.spending.spent
+    assert report.spending.spent > 0
+    assert report.cost_after.macs - report.cost_before.macs == pytest.approx(report.spending.spent / samples)
     assert report.cost_after.macs == macs_of(model, x) <= 1.3 * macs.total
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "dense", "separable", "gated", "grouped", "shared", "text", "positions"]
+    "name", ["residual", "dense", "separable", "gated", "grouped", "shared", "text", "positions", "raw"]
 )
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_layer_can_be_timed(name: str, backward: bool) -> None:

@@ -181,6 +181,13 @@ class _Failing(SelectionStrategy):
         raise RuntimeError("the user's strategy failed")
 
 
+class _Silent(SelectionStrategy):
+    """Forgets to return what it chose."""
+
+    def select(self, candidates: Any) -> Any:
+        """Nothing."""
+
+
 def test_bad_input_gets_a_sentence_and_changes_nothing() -> None:
     """Rule 4: a growth that cannot happen leaves every tensor, flag, hook and the random state alone."""
     model, x, loss = _problem()
@@ -194,6 +201,9 @@ def test_bad_input_gets_a_sentence_and_changes_nothing() -> None:
         ({"loss_fn": lambda m, b: loss(m, b) * float("nan")}, "loss of batch 0 is nan"),
         ({"loss_fn": lambda m, b: torch.zeros((), requires_grad=True)}, "does not depend on"),
         ({"strategy": _Failing()}, "the user's strategy failed"),
+        ({"strategy": _Silent()}, "_Silent.select returned None; return a list of candidates"),
+        ({"max_params": float("nan")}, "max_params must be at least 0, or None for no limit, got nan"),
+        ({"max_macs": -1.0}, "max_macs must be at least 0, or None for no limit, got -1.0"),
         ({"model": stuck, "batches": [torch.randn(4, 3)], "loss_fn": lambda m, b: m(b).mean()},
          "No neuron of this network can be split.*layer normalisation"),
     ):  # fmt: skip

@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class Shared(nn.Module):
-    """Grouped queries: two heads of queries share one of keys and values, and the code leaves open how many."""
+    """Two heads of queries share one of keys and values, and the code leaves open how many there are."""
 
     def __init__(self) -> None:
         super().__init__()
