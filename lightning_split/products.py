@@ -87,14 +87,11 @@ def attention(op: Operation) -> None:
     labels = mode.get(values)
     heads = [_of_heads(mode, t) for t in op.args[:3]]
     if labels is not None and all(h is not None for h in heads):  # each head is one neuron
-        whole = heads[0]
-        for other in heads[1:]:
-            assert whole is not None
-            assert other is not None
-            # Several queries that share a head are one with it.
-            times = whole.shape[-3] // other.shape[-3] if other.shape[-3] > 1 else 1
-            whole = mode.unify(whole, other.repeat_interleave(times, -3), op.name)
-        mode.set(out, whole.expand(out.shape))  # type: ignore[union-attr]
+        most = out.shape[-3]
+        whole, *others = (_shared(h, most) for h in heads if h is not None)
+        for other in others:
+            whole = mode.unify(whole, other, op.name)
+        mode.set(out, whole.expand(out.shape))
         return
     op.refuse(
         f"attention scores contract queries and keys over their channels: {NO_WEIGHTS}",
@@ -106,9 +103,14 @@ def attention(op: Operation) -> None:
         mode.bar([values], "attention mixes the positions along which these neurons lie")
         return
     labels = narrowed(labels, [-2])
-    if labels.ndim > 2 and 1 < labels.shape[-3] < out.shape[-3]:  # several queries share a head
-        labels = labels.repeat_interleave(out.shape[-3] // labels.shape[-3], -3)
+    labels = labels if labels.ndim < 3 else _shared(labels, out.shape[-3])
     mode.set(out, labels.expand(out.shape))
+
+
+def _shared(labels: Tensor, heads: int) -> Tensor:
+    """Labels of heads, each of which several queries share, query by query."""
+    few = labels.shape[-3]
+    return labels.repeat_interleave(heads // few, -3) if 1 < few < heads else labels
 
 
 def _of_heads(mode: LabelMode, tensor: Tensor) -> Tensor | None:

@@ -175,7 +175,7 @@ class Tracer(Watcher):
 
     def _count(self, path: str, layer: nn.Module, inputs: list[Tensor], output: Any) -> None:
         first = next(iter(tensors_in(output)), None)
-        if self.count_uses and first is not None:
+        if self.count_uses and inputs and first is not None:
             rule = self.found.rules[path]
             self.found.uses[path] += rule.positions(layer, inputs[0], first) / self._batch_size
 

@@ -353,3 +353,16 @@ def test_a_matrix_that_is_used_otherwise_too_is_refused(call: Any, why: dict[str
     arch = assert_grows(model, batch(), groups=[g for g in ("a", "(root)") if g not in why], rounds=1)
     for name, pattern in why.items():
         assert_refused(arch, name, pattern)
+
+
+def test_products_that_are_scaled_and_named_are_no_layers() -> None:
+    """Bloom adds its scores to a position bias by ``baddbmm(batch1=…, batch2=…, beta=…)``."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        scores = m.bias.baddbmm(batch1=h, batch2=h.transpose(1, 2), beta=0.5, alpha=0.3)
+        return m.c(torch.tanh(m.v(scores.softmax(-1) @ x)))
+
+    model = net(fwd, a=lin(3, 5), v=lin(3, 6), c=lin(6, 2), bias=matrix(1, 6, 6))
+    arch = assert_grows(model, torch.randn(4, 6, 3), groups=["v"])
+    assert_refused(arch, "a", "a product of activations contracts the neurons")

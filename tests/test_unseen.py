@@ -230,3 +230,57 @@ def test_zeros_as_wide_as_some_neurons_make_others_as_wide() -> None:
     arch = assert_splits_exactly(model, x, rounds=2)
     assert arch.widths == {"first": 5}
     assert arch.groups[0].producers == ("first", "experts.0", "experts.1")
+
+
+class SharedHeads(nn.Module):
+    """Attention whose number of heads is left open, with several queries to a head of keys and values."""
+
+    def __init__(self, width: int, queries: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.q, self.o = nn.Linear(width, queries * size), nn.Linear(queries * size, width)
+        self.k, self.v = nn.Linear(width, heads * size), nn.Linear(width, heads * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_a_head_of_keys_and_values_grows_with_its_queries() -> None:
+    """Llama and its kin: a neuron is a head with all queries that it serves, so that the ratio stays."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    model = _randomised(nn.Sequential(nn.Linear(6, 8), SharedHeads(8, 4, 2, 3), nn.Linear(8, 2)), x)
+    arch = assert_splits_exactly(model, x, rounds=2)
+    group = next(g for g in arch.groups if "1.k" in g.producers)
+    assert (group.width, group.dim) == (2, (2 + 1 + 1) * 3 * 9)
+    assert group.consumers == ("1.o",)
+
+
+class Sinusoids(nn.Embedding):
+    """Marian's table of positions: an embedding that is asked for a shape."""
+
+    def forward(self, shape: torch.Size) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(shape[1]))
+
+
+def test_an_embedding_that_reads_no_tensor_is_refused_and_its_neighbours_grow() -> None:
+    """What it makes is added to the stream, which therefore stays; what lies behind it grows."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.positions = nn.Linear(3, 6), Sinusoids(5, 6)
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            return self.b(torch.tanh(self.a(h + self.positions(h.shape))))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    arch = assert_splits_exactly(_randomised(Encoder(), x), x)
+    assert "a" in arch.widths, str(arch)

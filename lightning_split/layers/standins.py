@@ -41,16 +41,33 @@ def unless_refused(rule: LayerRule, layer: nn.Module) -> LayerRule:
     if isinstance(rule, Refused):
         return rule
     if parametrize.is_parametrized(layer):
-        return Refused("its weights are parametrized (torch.nn.utils.parametrize)", rule)
+        return Refused(_parametrized(layer), rule)
     for name in rule.axes(layer):
         if name not in layer._parameters and name not in layer._buffers:
-            return Refused(
-                f"its tensor '{name}' is computed from others (pruning, weight norm or spectral norm)", rule
-            )
+            return Refused(f"its tensor '{name}' is computed from others ({_computed(layer, name)})", rule)
         tensor = own_tensor(layer, name)
         if tensor is not None and tensor.is_complex():
             return Refused("its weights are complex, and splitting matrices are those of real weights", rule)
     return rule
+
+
+def _parametrized(layer: nn.Module) -> str:
+    parametrizations: Any = layer.parametrizations
+    kinds = ", ".join(type(p).__name__.lstrip("_") for each in parametrizations.values() for p in each)
+    plain = "torch.nn.utils.parametrize.remove_parametrizations before training makes them plain"
+    return f"its weights are parametrized ({kinds}); {plain}"
+
+
+def _computed(layer: nn.Module, name: str) -> str:
+    """By what a tensor is computed that is neither a parameter nor a buffer, and how it becomes one."""
+    for other, how in (
+        (f"{name}_g", "weight norm; torch.nn.utils.remove_weight_norm before training makes it plain"),
+        (f"{name}_mask", "pruning; torch.nn.utils.prune.remove makes it plain"),
+        (f"{name}_u", "spectral norm; torch.nn.utils.remove_spectral_norm makes it plain"),
+    ):
+        if other in layer._parameters or other in layer._buffers:
+            return how
+    return "pruning, weight norm or the like"
 
 
 class Followed(LayerRule):
