@@ -17,7 +17,7 @@ from lightning_split.growers import GradMax
 from lightning_split.surgery import Split
 from torch import Tensor, nn
 
-from exactness import splits
+from exactness import assert_splits_exactly, splits
 from networks import loss_of
 from test_situations import assert_grows, assert_refused, batch, chain, lin, net
 
@@ -366,3 +366,70 @@ def test_products_that_are_scaled_and_named_are_no_layers() -> None:
     model = net(fwd, a=lin(3, 5), v=lin(3, 6), c=lin(6, 2), bias=matrix(1, 6, 6))
     arch = assert_grows(model, torch.randn(4, 6, 3), groups=["v"])
     assert_refused(arch, "a", "a product of activations contracts the neurons")
+
+
+class Scaled(nn.Linear):
+    """The equalised learning rate of StyleGAN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.7, self.bias)
+
+
+class LearnedScale(nn.Linear):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.scale = matrix(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.scale * self.weight, self.bias)
+
+
+class Turned(nn.Linear):
+    """Falcon's linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("layer", [Scaled, LearnedScale, Turned, lambda i, o: Turned(i, o, bias=False)])
+def test_subclasses_that_scale_or_turn_their_weight_grow(layer: Any) -> None:
+    """On both sides, and the prediction for their neurons is that of real splits."""
+    torch.manual_seed(1)
+    model, x = chain(b=layer(5, 6)), batch(16)
+    arch = trace(model, x)
+    assert arch.group("a").consumers == ("b",)
+    assert arch.group("b").dim == (5 if model.b.bias is None else 6)
+    assert_fourth_order(model, arch, "b", x, loss_of(torch.randn(16, 2)))
+    assert_grows(model, x, groups=["a", "b", "c"], rounds=1)
+
+
+class NormScaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class RowScaled(nn.Linear):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        self.scale = matrix(o, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+class ThereAndBack(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T + self.bias) @ self.weight
+
+
+class BiasLater(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T) + self.bias
+
+
+@pytest.mark.parametrize("kind", [NormScaled, RowScaled, ThereAndBack, BiasLater])
+def test_subclasses_that_do_more_with_their_weight_do_not_grow(kind: type[nn.Linear]) -> None:
+    """A scale that growth would change, or one for each row; a weight used in both directions."""
+    arch = assert_splits_exactly(chain(b=kind(5, 5), c=lin(5, 4)), batch())
+    assert "b" not in arch.widths, str(arch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,18 +122,39 @@ class _OwnOperator(TorchFunctionMode):
     def __init__(self, rule: LayerRule, layer: nn.Module, marks: Marks) -> None:
         super().__init__()
         self._rule, self._layer, self._marks = rule, layer, marks
-        self._own = {id(t) for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None}
+        tensors = {
+            name: t for name, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None
+        }
+        self._own = {id(t) for t in tensors.values()}
+        self._weight, self._bias = tensors.get("weight"), tensors.get("bias")
+        self._as_good: list[Tensor] = []  # the weight times a number
+        self._turned: list[Tensor] = []  # the weight of a linear layer, transposed
+        self._waiting: Tensor | None = None  # its product, to which the bias is yet to be added
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in self._NAMES:
+        name = getattr(func, "__name__", "")
+        if name in _SCALES or name in _TURNS or func in _TURNING:
+            return self._changed(name, func(*args, **kwargs), args)
+        if len(args) == 2 and not kwargs:
+            if name in _PRODUCTS and self._is(args[1], self._turned) and isinstance(args[0], Tensor):
+                read = self._marks.read("in", args[0], -1)
+                return self._made(self._marks.sealed(lambda: func(read, args[1])))
+            if name in _SUMS and self._waiting is not None and self._bias is not None:
+                pair = {id(self._waiting), id(self._bias)}
+                if {id(a) for a in args} == pair:
+                    self._waiting = None
+                    output = self._marks.sealed(lambda: func(*args))
+                    return self._marks.made("out", output, -1)
+        if name not in self._NAMES:
             return func(*args, **kwargs)
         values = [*args, *kwargs.values()]
         x, *rest = [v for v in values if isinstance(v, Tensor)]
         name = next((k for k, v in kwargs.items() if v is x), None)
-        if not rest or any(id(t) not in self._own for t in rest) or (name is None and args[0] is not x):
+        own = all(id(t) in self._own or self._is(t, self._as_good) for t in rest)
+        if not rest or not own or (name is None and args[0] is not x):
             return func(*args, **kwargs)
         reads, makes = ("in", "out") if self._rule.role == "mixer" else ("through", "through")
         read = self._marks.read(reads, x, self._rule.neuron_axis(self._layer, x))
@@ -143,3 +164,44 @@ class _OwnOperator(TorchFunctionMode):
             kwargs[name] = read
         output = self._marks.sealed(lambda: func(*args, **kwargs))
         return self._marks.made(makes, output, self._rule.neuron_axis(self._layer, output))
+
+    def _changed(self, name: str, out: Any, args: Sequence[Any]) -> Any:
+        """Take note of a weight that is multiplied with one number, or transposed."""
+        whole, *others = args
+        if name in _SCALES:
+            if self._rule.role == "mixer" and len(others) == 1:
+                weight, factor = (whole, others[0]) if whole is self._weight else (others[0], whole)
+                if weight is self._weight and self._is_number(factor) and (whole is weight or "mul" in name):
+                    self._as_good.append(out)
+        elif (
+            isinstance(whole, Tensor)
+            and whole is self._weight
+            and self._rule.axes(self._layer).get("weight") == {0: "out", 1: "in"}
+            and whole.ndim == 2
+            and out.stride() == whole.stride()[::-1]
+        ):
+            self._turned.append(out)
+        return out
+
+    def _made(self, output: Tensor) -> Tensor:
+        if self._bias is None:
+            return self._marks.made("out", output, -1)
+        self._waiting = output
+        return output
+
+    def _is_number(self, value: Any) -> bool:
+        """Whether this is one number that growth leaves as it is."""
+        if isinstance(value, Tensor):
+            return value.numel() == 1 and value.ndim < 2 and id(value) in self._own
+        return isinstance(value, (int, float))
+
+    @staticmethod
+    def _is(value: Any, tensors: Sequence[Tensor]) -> bool:
+        return any(value is t for t in tensors)
+
+
+_SCALES = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__"}
+_TURNS = {"t", "transpose", "swapaxes", "adjoint"}
+_TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_PRODUCTS = {"matmul", "__matmul__", "mm"}
+_SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
