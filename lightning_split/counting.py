@@ -58,15 +58,15 @@ def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None =
     return NetworkCost(numbers, prices.total + prices.added(more))
 
 
-def priced(model: nn.Module, arch: Architecture) -> Architecture:
-    """The architecture with what one more neuron of each group adds."""
+def priced(model: nn.Module, arch: Architecture) -> tuple[Architecture, float]:
+    """The architecture with what one more neuron of each group adds, and the network's MACs per sample."""
     found = list(weights(model, arch))
     numbers, products = params(model, arch, found), macs(model, arch, found)
     groups = (
         dataclasses.replace(g, params=round(numbers.alone(g.name)), macs=products.alone(g.name))
         for g in arch.groups
     )
-    return dataclasses.replace(arch, groups=tuple(groups))
+    return dataclasses.replace(arch, groups=tuple(groups)), products.total
 
 
 def params(model: nn.Module, arch: Architecture, found: Iterable[WeightSize] | None = None) -> Prices:

@@ -114,8 +114,8 @@ def _trace(
         outline.forget()
     if not arch.groups and not arch.unsplittable:
         return dataclasses.replace(arch, note=f"{_opaque(model)} {arch.note}".strip())
-    arch = verified_values(model, arch, run, example, compare_outputs=compare_outputs)
-    return priced(model, arch)
+    arch, macs = priced(model, arch)
+    return verified_values(model, arch, run, example, macs, compare_outputs=compare_outputs)
 
 
 def _labelled(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_split.architecture import Architecture
-from lightning_split.counting import network_cost
 from lightning_split.layers import Port
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import batch_size, fixed_statistics, tensors_in, undisturbed
@@ -204,7 +203,7 @@ def verified_sizes(
 
 
 def verified_values(
-    model: nn.Module, arch: Architecture, run: Run, example: Any, *, compare_outputs: bool = True
+    model: nn.Module, arch: Architecture, run: Run, example: Any, macs: float, *, compare_outputs: bool = True
 ) -> Architecture:
     """The same for values: in eval mode, on a few samples, if the network is not too large for that.
 
@@ -213,9 +212,10 @@ def verified_values(
         arch: What tracing found.
         run: Runs the model on an example.
         example: The example.
+        macs: What a pass takes, in multiply-accumulates per sample.
         compare_outputs: Whether the values of the output may not change either.
     """
-    size, macs = batch_size(example), network_cost(model, arch).macs
+    size = batch_size(example)
     samples = min(size, _SAMPLES if macs < _LARGE_MACS else 1)
     if macs * samples > _MAX_MACS:
         return _sizes_only(arch, "the network is large")
