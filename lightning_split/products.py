@@ -55,6 +55,8 @@ def matmul(op: Operation) -> None:
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
     """Whether neurons lie along the batch, on which the other factor differs; if so, refuse."""
+    if any(vary) and not any(vary[:-2]):  # no doubt, also where dropout has a part in the other factor
+        return False
     return any(op.foreign(t, [*vary[:-2], False, False]) for t in op.inputs if t.ndim == len(vary))
 
 

@@ -251,6 +251,14 @@ def test_a_group_says_what_one_more_neuron_adds(name: str) -> None:
         assert sum(p.numel() for p in model.parameters()) - params == arch.group(group.name).params
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_values_grow_under_dropout_of_the_scores(train: bool) -> None:
+    """Random numbers for each pair of positions are none for each neuron: torch's Transformer layers."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.5, batch_first=True)
+    model = nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2)).train(train)
+    assert trace(model, torch.randn(3, 5, 3)).widths == {"1.self_attn": 4, "1.linear1": 12}
+
+
 def test_a_recurrent_unit_counts_its_own_weight_to_itself() -> None:
     """One more unit of ``n`` adds ``2 n + 1`` recurrent weights for each gate."""
     group = trace(Recurrent(), torch.randn(2, 5, 3)).groups[0]
