@@ -11,6 +11,7 @@ from torch import nn
 from lightning_split.architecture import Architecture
 from lightning_split.candidates import Candidate
 from lightning_split.curvature import LossFn, SplittingOperator
+from lightning_split.differences import SplittingDifferences
 from lightning_split.ranks import Ranks
 from lightning_split.significance import FreshBatches, GainTest
 
@@ -45,6 +46,12 @@ class GrowthContext:
             train=self.train_mode,
             cache_bytes=self.cache_bytes,
             seed=self.seed,
+        )
+
+    def differences(self, batches: Sequence[Any]) -> SplittingDifferences:
+        """What displacements of all neurons change, batch by batch."""
+        return SplittingDifferences(
+            self.model, self.arch, batches, self.loss_fn, train=self.train_mode, seed=self.seed
         )
 
     def settled(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> bool:

@@ -1,12 +1,12 @@
 """The cut network: runs in which everything that consumers read can be looked at and replaced.
 
 Cut at the input of every consumer, each neuron is a function of its own incoming weights. What the pieces
-are used for is another matter (:mod:`lightning_split.curvature`).
+are used for is another matter: :mod:`lightning_split.curvature`, :mod:`lightning_split.differences`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,7 +88,9 @@ class CutNetwork:
         stack.enter_context(watched(self._model, _Cuts(self._where, replace)))
         return stack
 
-    def first_pass(self, batch: Any, number: int, *, values: bool = False) -> FirstPass:
+    def first_pass(
+        self, batch: Any, number: int, *, values: bool = False, shifts: Sequence[Tensor] | None = None
+    ) -> FirstPass:
         """Gradient of the loss at every consumer's input.
 
         Costs a forward and a backward pass.
@@ -97,6 +99,7 @@ class CutNetwork:
             batch: What ``loss_fn`` takes.
             number: Of the batch, for messages.
             values: Keep copies of what was read.
+            shifts: What is added to it, read by read.
 
         Raises:
             ValueError: If the loss is not a finite scalar, or does not depend on any splittable neuron, or a
@@ -104,13 +107,13 @@ class CutNetwork:
         """
         if self._lean:
             try:
-                found = self._try(batch, number, values)
+                found = self._try(batch, number, values, shifts)
             except RuntimeError:
                 found = None  # the loss may take gradients of its own, in other parameters
             if found is not None:
                 return found
             self._lean = False
-        found = self._try(batch, number, values)
+        found = self._try(batch, number, values, shifts)
         if found is None:
             raise ValueError(
                 "The loss does not depend on any splittable neuron, so there is nothing to gain from "
@@ -118,7 +121,7 @@ class CutNetwork:
             )
         return found
 
-    def _try(self, batch: Any, number: int, keep: bool) -> FirstPass | None:
+    def _try(self, batch: Any, number: int, keep: bool, shifts: Sequence[Tensor] | None) -> FirstPass | None:
         """``None`` if the loss does not depend on what needs gradients."""
         places: list[Place] = []
         taps: list[Tensor] = []
@@ -126,8 +129,8 @@ class CutNetwork:
         values: list[Tensor] = []
 
         def tap(place: Place, x: Tensor) -> Tensor:
+            taps.append(x.view_as(x) if shifts is None else _shifted(x, shifts, len(places)))
             places.append(place)
-            taps.append(x.view_as(x))
             nodes.append(taps[-1].grad_fn)
             if keep:
                 values.append(x.detach().clone())  # the network may write to it later
@@ -153,6 +156,18 @@ class CutNetwork:
             return None
         _check_finite(places, found, number)
         return FirstPass(count, places[:count], values[:count], nodes, found)
+
+
+def _shifted(x: Tensor, shifts: Sequence[Tensor], number: int) -> Tensor:
+    if number >= len(shifts) or shifts[number].shape != x.shape:
+        raise ValueError(DIFFERENT)
+    return x + shifts[number]
+
+
+DIFFERENT = (
+    "Two passes over the same batch called the layers differently, so the forward pass depends on more than "
+    "its input; pass a loss_fn that is deterministic for a seeded random state."
+)
 
 
 def _consuming(arch: Architecture) -> set[tuple[str, Port]]:

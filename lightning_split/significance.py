@@ -4,7 +4,8 @@ A candidate's gain is a mean over fresh batches with a standard error, so :math:
 has Student's distribution if the true gain is zero. Candidates pass by the rule of Benjamini and Hochberg:
 the expected share of those without a true gain, among all that pass, is at most the level. Fresh batches are
 drawn in *looks*, each as long as all before it, until the strategy would not choose more candidates if it
-believed every positive gain. The level is split over the looks: who looks often finds something more often.
+believed every positive gain. The level is split over the looks, because who looks often finds something more
+often, in proportion to the batches that they have seen: most of it is left for the last.
 
 What a growth is to lower is the training loss. Where the fresh batches are a good part of all that an epoch
 has, little of it is left unseen, and the standard error of the mean over the epoch is smaller than that of an
@@ -53,7 +54,7 @@ class DrawnBatches:
         population: float = math.inf,
     ) -> None:
         self._first, self._draw, self._most = first, draw, most
-        self.population = max(population, len(first))
+        self.population: float = max(population, len(first))
 
     def __len__(self) -> int:
         """The largest number of batches that there can be."""
@@ -89,6 +90,7 @@ class FreshBatches:
         self._batches = batches
         self._source = islice(iter(batches), most)
         self._total = 0  # in the looks
+        self._looks, self._ended = 0, False
         self._ranks = ranks or Ranks()
         self._drawn: list[Any] = []  # ahead of the looks
         self.num_looks = 1
@@ -103,7 +105,7 @@ class FreshBatches:
     def looks(self) -> Iterator[list[Any]]:
         """Batches to go on with: 16, then as many again as were drawn before, until there are no more."""
         size = FIRST_LOOK
-        total = 0
+        total = number = 0
         while True:
             batches = self.first(size)
             self._drawn = self._drawn[size:]
@@ -115,10 +117,20 @@ class FreshBatches:
                 return
             total += len(batches)
             self._total = max(self._total, total)
+            number += 1
+            self._looks = number
+            self._ended = len(batches) < size
             yield batches
             if len(batches) < size:
                 return
             size = total
+
+    @property
+    def share(self) -> float:
+        """Which share of the level the look so far has: 1, 2, 4 ... parts, and the last one what is left."""
+        parts = 2**self.num_looks - 1
+        seen = 2 ** max(0, self._looks - 1)
+        return float(parts - seen + 1 if self._ended else seen) / float(parts)
 
     @property
     def unseen(self) -> float:
@@ -177,7 +189,7 @@ class GainTest:
     ) -> None:
         self._select = select
         self._fresh = fresh
-        self._level = None if level is None else level / (1 if fresh is None else fresh.num_looks)
+        self._level = level
 
     def passed(self, candidates: Sequence[Candidate], num_batches: int, alternatives: int = 1) -> list[bool]:
         """Of each candidate, whether its gain is significant; all pass that were not measured again."""
@@ -186,7 +198,8 @@ class GainTest:
         gains = np.array([c.gain for c in candidates], dtype=np.float64)
         errors = np.array([c.standard_error for c in candidates], dtype=np.float64)
         errors *= 1.0 if self._fresh is None else math.sqrt(self._fresh.unseen)
-        return list(map(bool, passing(gains, errors, num_batches, self._level, alternatives)))
+        level = self._level * (1.0 if self._fresh is None else self._fresh.share)
+        return list(map(bool, passing(gains, errors, num_batches, level, alternatives)))
 
     def choose(self, candidates: Sequence[Candidate], passed: Sequence[bool]) -> list[Candidate]:
         """What the strategy chooses of those that passed.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,9 @@ from lightning_split.curvature import SplittingOperator
 from lightning_split.growers import Scheme, schemes
 from lightning_split.selection import Candidate
 from lightning_split.significance import FreshBatches
+from lightning_split.surgery import Split, split_neurons
 from scipy.optimize import minimize
+from torch import nn
 
 from networks import CASES, loss_of, randomised
 
@@ -182,6 +187,95 @@ def test_confirmation_replaces_the_gain_by_that_on_fresh_batches() -> None:
         assert candidate.standard_error == pytest.approx(0.005 * float(samples.std()) / 3**0.5, rel=1e-6)
         estimate = -0.005 * float(torch.linalg.eigvalsh(own[candidate.neuron])[0])
         assert proposal.estimated_gain[key] == pytest.approx(estimate, rel=1e-6)
+
+
+def _one_layer(width: int = 6) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize(("offspring", "signed"), [(2, True), (2, False), (4, True)])
+@pytest.mark.parametrize("step", [1e-3, 10.0])
+def test_kinked_networks_are_confirmed_by_what_splits_really_change(
+    offspring: int, signed: bool, step: float
+) -> None:
+    """With a loss that is linear in what the neurons send on, exactly, at 0.2 of their norm or further."""
+    model, y = _one_layer(), torch.randn(16, 3)
+    arch, loss = trace(model, torch.randn(16, 5)), (lambda m, b: (m(b) * y).mean())
+    fresh = [torch.randn(16, 5) for _ in range(9)]
+    grower = SteepestSplitting(max_offspring=offspring, signed=signed, solver=Exact())
+    batches = [torch.randn(16, 5)]
+    proposals = [
+        grower.propose(
+            GrowthContext(model, arch, loss, batches, FreshBatches(fresh), all_schemes=every), step_size=step
+        )
+        for every in (True, False)
+    ]
+    theta = torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach()
+    assert len(proposals[0].candidates) == 6 * len(schemes(offspring, 3.0, signed=signed))
+    for candidate in proposals[0].candidates:
+        assert candidate.displacements is not None
+        longer = max(1.0, 0.2 * float(theta[candidate.neuron].norm()) / step)
+        assert (longer == 1) == (step == 10)
+        grown = copy.deepcopy(model)
+        moved = longer * candidate.displacements
+        split_neurons(grown, [Split("0", candidate.neuron, candidate.weights, moved)], arch=arch)
+        with torch.no_grad():
+            gains = torch.stack([loss(model, b) - loss(grown, b) for b in fresh]) / longer**2
+        assert candidate.gain == pytest.approx(float(gains.mean()), rel=1e-6, abs=1e-18)
+        assert candidate.standard_error == pytest.approx(float(gains.std()) / 3, rel=1e-6, abs=1e-18)
+        assert candidate.gain == pytest.approx(-candidate.splitting_index * step**2 / 2)
+    # Without being asked for all, the scheme that promised most is measured, and no other.
+    estimates, schemed = (
+        proposals[0].estimated_gain,
+        {(c.neuron, c.scheme): c for c in proposals[0].candidates},
+    )
+    assert [c.neuron for c in proposals[1].candidates] == list(range(6))
+    assert proposals[1].alternatives == 1
+    for candidate in proposals[1].candidates:
+        mine = {s: g for (_, neuron, s), g in estimates.items() if neuron == candidate.neuron}
+        assert mine[candidate.scheme] == max(mine.values())
+        gain = schemed[candidate.neuron, candidate.scheme].gain
+        assert candidate.gain == pytest.approx(gain, rel=1e-9, abs=1e-18)
+
+
+@pytest.mark.parametrize("step", [0.2, 0.05])
+def test_the_curvature_of_the_rest_counts_at_the_step_of_the_growth(step: float) -> None:
+    """A square loss: gain = first term at 0.2 of the norm, scaled, and the second as really split."""
+    model, y = _one_layer(1), 3 * torch.randn(300, 3)
+    with torch.no_grad():
+        model[0].weight /= model[0].weight.norm()
+        model[0].bias.zero_()
+    arch, loss = trace(model, torch.randn(300, 5)), (lambda m, b: (m(b) - y).square().mean())
+    fresh = [torch.randn(300, 5) for _ in range(3)]
+    context = GrowthContext(model, arch, loss, fresh[:1], FreshBatches(fresh))
+    (candidate,) = SteepestSplitting(solver=Exact()).propose(context, step_size=step).candidates
+    expected = []
+    for batch in fresh:
+        outputs = []
+        for share in (0.2 / step, 1.0):
+            grown = copy.deepcopy(model)
+            moved = share * candidate.displacements
+            split_neurons(grown, [Split("0", 0, candidate.weights, moved)], arch=arch)
+            outputs.append((grown(batch) - model(batch)).detach())
+        residual = (model(batch) - y).detach()
+        first = 2 * (residual * outputs[0]).mean() * (step / 0.2) ** 2
+        expected.append(-first - outputs[1].square().mean())
+        assert float(outputs[1].square().mean()) > 1e-3 * float(first.abs())
+    assert candidate.gain == pytest.approx(float(torch.stack(expected).mean()), rel=1e-6)
+
+
+def test_neurons_without_weights_are_measured_too() -> None:
+    """No norm to take a share of: those of the group count, or 1."""
+    for zeroed in (2, 6):
+        model = _one_layer()
+        nn.init.zeros_(model[0].weight[:zeroed])
+        nn.init.zeros_(model[0].bias[:zeroed])
+        x, y = torch.randn(16, 5), torch.randn(16, 3)
+        fresh, loss = FreshBatches([x] * 2), (lambda m, b, y=y: (m(b) * y).mean())
+        context = GrowthContext(model, trace(model, x), loss, [x], fresh)
+        proposal = SteepestSplitting().propose(context, step_size=0.0)
+        assert all(c.gain == 0 and math.isfinite(c.splitting_index) for c in proposal.candidates)
+        assert any(c.splitting_index for c in proposal.candidates[:zeroed])
 
 
 @pytest.mark.parametrize(

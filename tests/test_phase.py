@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 Batch = tuple[Tensor, Tensor]
 
 
-def _network(width: int = 4) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
+def _network(activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), activation(), nn.Linear(4, 2))
 
 
 def _batches(count: int) -> list[Batch]:
@@ -53,18 +53,24 @@ class _InterruptedAt:
 def _state(model: nn.Module) -> list[Any]:
     tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
     attributes = [sorted(vars(m)) for m in model.modules()]
-    modes = [(m.training, m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
-    return [list(map(id, tensors)), [p.grad for p in model.parameters()], attributes, modes]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modes = [(m.training, *(dict(vars(m)[name]) for name in hooks)) for m in model.modules()]
+    places = [(p.data_ptr(), p.requires_grad, p._version) for p in model.parameters()]
+    return [list(map(id, tensors)), [p.grad for p in model.parameters()], attributes, modes, places]
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_interruption_at_any_call_leaves_everything_as_it_was(error: type[BaseException]) -> None:
+def test_an_interruption_at_any_call_leaves_everything_as_it_was(
+    error: type[BaseException], activation: type[nn.Module]
+) -> None:
     """Tracing, estimation, confirmation, the check of the widened network, the loss afterwards.
 
     Ctrl-C always comes out. An exception does, unless a trial of tracing met it: then it is the reason for
     which neurons are left alone, or the growth goes on without the trial.
     """
-    original, batches = _network().train(), _batches(6)
+    original, batches = _network(activation).train(), _batches(6)
+    original[3].bias.requires_grad_(False)
     rng = torch.get_rng_state()
     number, raised = 0, 0
     while True:
@@ -170,12 +176,13 @@ def _trainer_state(trainer: pl.Trainer, module: pl.LightningModule) -> list[list
     ]
 
 
-def test_the_same_seed_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_the_same_seed_gives_the_same_bits(activation: type[nn.Module]) -> None:
     """Whatever was drawn from the global generators in between."""
     reports, models = [], []
     for junk in (0, 7):
         torch.manual_seed(0)
-        model = _network()
+        model = _network(activation)
         torch.manual_seed(junk)
         batches = _batches(40)
         reports.append(grow(model, batches[:4], _loss, strategy=TopK(count=2), confirm_batches=batches[4:]))
@@ -222,6 +229,32 @@ def test_products_that_are_not_finite_name_the_group(where: str) -> None:
         grow(Bent(), batches[:2], loss, confirm_batches=batches[2:])
 
 
+def test_changes_that_are_not_finite_name_the_group() -> None:
+    """Displaced neurons of a network with kinks that run into a pole, in a fresh batch."""
+    limits: list[Tensor] = []
+
+    class Poled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.bent = nn.Linear(5, 3), nn.Linear(3, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            if self.bent:
+                limits.append(x.detach().amax())
+                x = torch.where(x > limits[0], torch.inf, x)
+            return self.second(x)
+
+    batches = _batches(3)
+
+    def loss(m: Any, b: Batch) -> Tensor:
+        m.bent = b is batches[-1]
+        return _loss(m, b)
+
+    with pytest.raises(ValueError, match="changes of the loss.*group 'first'.*not finite"):
+        grow(Poled(), batches[:1], loss, confirm_batches=batches[1:])
+
+
 class _Looks(TorchDispatchMode):
     """Counts what would wait for a device: values that Python reads, and copies between devices or dtypes."""
 
@@ -236,11 +269,12 @@ class _Looks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_looks_at_values_do_not_grow_with_the_number_of_neurons() -> None:
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_looks_at_values_do_not_grow_with_the_number_of_neurons(activation: type[nn.Module]) -> None:
     """The same number for 4 and for 64 neurons, from the first product to the candidates."""
     counts = []
     for width in (4, 64):
-        model = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, 2))
+        model = nn.Sequential(nn.Linear(20, width), activation(), nn.Linear(width, 2))
         generator = torch.Generator().manual_seed(0)
         batches = [
             (torch.randn(8, 20, generator=generator), torch.randn(8, 2, generator=generator))

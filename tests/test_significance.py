@@ -117,10 +117,15 @@ def test_looks_double_and_draw_no_further_than_they_must(size: int, sizes: list[
 
 
 def test_the_level_is_split_over_as_many_looks_as_there_can_be() -> None:
-    """One look up to 16 batches, two up to 32 …; three if the length is unknown."""
+    """One look up to 16 batches, two up to 32 …; three if the length is unknown. As their batches count."""
     counted = [FreshBatches(list(range(n))).num_looks for n in (1, 16, 17, 32, 64, 200)]
     assert counted == [1, 1, 2, 2, 3, 5]
     assert FreshBatches(iter(range(1000))).num_looks == 3
+    for size, shares in [(16, [1]), (32, [1 / 3, 2 / 3]), (20, [1 / 3, 2 / 3]), (64, [1 / 7, 2 / 7, 4 / 7])]:
+        fresh = FreshBatches(range(size))
+        assert [fresh.share for _ in fresh.looks()] == pytest.approx(shares)
+    fresh = FreshBatches(iter(range(20)))  # where it ends early, the last look has all that is left
+    assert [fresh.share for _ in fresh.looks()] == pytest.approx([1 / 7, 6 / 7])
     drawn = DrawnBatches([0, 1], lambda skip: list(range(2 + skip, min(2 + skip + 3, 9))), 40)
     assert (len(drawn), list(drawn)) == (40, list(range(9)))
     assert list(DrawnBatches([0, 1], lambda skip: [0] * 10, 2)) == [0, 1]

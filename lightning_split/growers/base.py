@@ -28,7 +28,7 @@ class Proposal:
 
     candidates: tuple[Candidate, ...]
     eigenpairs: Mapping[str, Eigenpairs] = field(default_factory=dict)
-    # eigenpairs: by group; after a confirmation their values are the Rayleigh quotients on fresh batches
+    # eigenpairs: by group; their values are Rayleigh quotients on fresh batches if those were measured
     estimated_gain: Mapping[tuple[str, int, str], float] = field(default_factory=dict)
     # estimated_gain: (group, neuron, scheme) -> gain before confirmation
     num_batches: int = 0  # fresh batches that the gains were measured on, of all processes together

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_split.context import GrowthContext
-from lightning_split.curvature import SplittingOperator
 from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
 from lightning_split.growers.base import Draft, PredictingGrower
+from lightning_split.growers.confirming import Differences, Measure, Quotients
 from lightning_split.growers.schemes import Scheme, schemes
-from lightning_split.ranks import Ranks
 from lightning_split.selection import Candidate
 from lightning_split.splits import weights_of
 from lightning_split.stepsize import StepSize
 
-__all__ = ["SteepestSplitting", "rayleigh_quotients"]
+__all__ = ["SteepestSplitting"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class SteepestSplitting(PredictingGrower):
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """One candidate per neuron, or per neuron and scheme; see :meth:`PredictingGrower.draft`.
 
-        Cost: the solver's products on the estimation batches and two on each fresh one that is drawn.
+        Cost: the solver's products on the estimation batches, and about three training steps on each fresh
+        one that is drawn.
         """
         ranks = context.ranks
         operator = context.operator(context.batches)
@@ -73,7 +73,11 @@ class SteepestSplitting(PredictingGrower):
             group.name: step.lengths(weights_of(context.model, group, "incoming"))
             for group in context.arch.groups
         }
-        return _Splits(context, pairs, schemes(self.max_offspring, self.c, signed=self.signed), lengths)
+        found = schemes(self.max_offspring, self.c, signed=self.signed)
+        # A surrogate's curvature is not what a split gains; in short formats differences would drown.
+        kinked = ranks.agree(operator.has_surrogates and operator.dtype.itemsize >= 4)
+        measure = Differences(context, pairs, found, lengths) if kinked else Quotients(context, pairs, found)
+        return _Splits(context, pairs, found, lengths, measure)
 
 
 class _Splits(Draft):
@@ -85,19 +89,30 @@ class _Splits(Draft):
         pairs: Mapping[str, Eigenpairs],
         schemes: list[Scheme],
         lengths: Mapping[str, Tensor],
+        measure: Measure,
     ) -> None:
         self.eigenpairs = self._estimated = pairs
-        self.alternatives = 1 if context.all_schemes else len(schemes)
+        self.alternatives = measure.alternatives
         self._context, self._schemes, self._lengths = context, schemes, lengths
+        self._measure = measure
 
     def measure(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        return rayleigh_quotients(self._context.operator(batches), self._estimated, self._context.ranks)
+        return self._measure.samples(batches)
 
     def offers(self, samples: Mapping[str, Tensor] | None) -> list[tuple[Candidate, float]]:
         pairs = self._estimated
+        coefficients = torch.tensor([s.coefficients for s in self._schemes], dtype=torch.float64)
+        estimated = {
+            n: (p.values.double().cpu() @ coefficients.T).gather(1, self._measure.offered[n])
+            for n, p in pairs.items()
+        }
+        values = {n: estimate[None] for n, estimate in estimated.items()}
         if samples is not None:
+            values = {n: self._measure.values(samples[n]) for n in pairs}
+            again = {n: self._measure.quotients(samples[n]) for n in pairs}
             self.eigenpairs = {
-                n: replace(p, values=samples[n].mean(0).to(p.values)) for n, p in pairs.items()
+                n: p if (values_of := again[n]) is None else replace(p, values=values_of.to(p.values))
+                for n, p in pairs.items()
             }
         return [
             offer
@@ -105,9 +120,10 @@ class _Splits(Draft):
             if (found := pairs.get(group.name)) is not None
             for offer in _candidates(
                 group.name,
-                found,
-                found.values[None] if samples is None else samples[group.name],
-                self._schemes,
+                found.vectors.cpu(),
+                values[group.name],
+                estimated[group.name],
+                [[self._schemes[k] for k in row] for row in self._measure.offered[group.name].tolist()],
                 self._lengths[group.name],
                 every=self._context.all_schemes,
             )
@@ -116,9 +132,10 @@ class _Splits(Draft):
 
 def _candidates(
     name: str,
-    pairs: Eigenpairs,
-    samples: Tensor,
-    offered: list[Scheme],
+    vectors: Tensor,
+    values: Tensor,
+    before: Tensor,
+    offered: list[list[Scheme]],
     lengths: Tensor,
     *,
     every: bool,
@@ -127,24 +144,21 @@ def _candidates(
 
     Args:
         name: Name of the group.
-        pairs: Its eigenpairs, as estimated.
-        samples: ``(batches, N, 2)``, what the quotients are judged by.
-        offered: The schemes.
+        vectors: ``(N, 2, D)``, its directions.
+        values: ``(batches, N, K)``, what the schemes are judged by.
+        before: ``(N, K)``, what they were estimated to be.
+        offered: The K schemes of each neuron.
         lengths: ``(N,)``, ε of every neuron.
         every: Whether to offer every scheme.
     """
-    alphas = torch.tensor([s.coefficients for s in offered], dtype=torch.float64)  # (schemes, 2)
-    values = samples.double().cpu() @ alphas.T  # (batches, N, schemes)
     mean = values.mean(0)
     count = len(values)
     error = values.std(0, unbiased=True) / count**0.5 if count > 1 else torch.zeros_like(mean)
-    before = pairs.values.double().cpu() @ alphas.T
-    vectors = pairs.vectors.cpu()
     best, means, errors, estimates = (t.tolist() for t in (mean.argmin(1), mean, error, before))
     for neuron, length in enumerate(lengths.tolist()):
         scale = length**2 / 2
-        for k in range(len(offered)) if every else [best[neuron]]:
-            scheme = offered[k]
+        for k in range(len(offered[neuron])) if every else [best[neuron]]:
+            scheme = offered[neuron][k]
             value = means[neuron][k]
             candidate = Candidate(
                 group=name,
@@ -157,28 +171,3 @@ def _candidates(
                 displacements=length * torch.tensor(scheme.along, dtype=vectors.dtype) @ vectors[neuron],
             )
             yield candidate, -scale * estimates[neuron][k]
-
-
-def rayleigh_quotients(
-    operator: SplittingOperator, pairs: Mapping[str, Eigenpairs], ranks: Ranks
-) -> dict[str, Tensor]:
-    """Rayleigh quotients of both extreme vectors of every neuron, batch by batch: ``(batches, N, 2)``.
-
-    Costs one preparation and two products per batch.
-
-    Raises:
-        ValueError: If one is not finite, naming the group.
-    """
-    vectors = {name: p.vectors for name, p in pairs.items()}
-    samples: dict[str, list[Tensor]] = {name: [] for name in vectors}
-    for forms in operator.quadratic_forms(vectors):
-        for name, values in forms.items():
-            samples[name].append(values)
-    both = ranks.gather_of({name: torch.stack(values) for name, values in samples.items()})
-    for name, values in both.items():
-        if not bool(values.isfinite().all()):
-            raise ValueError(
-                f"The Rayleigh quotients of group '{name}' on fresh batches are not finite; check the loss "
-                "for NaN or infinity, or measure in a higher precision."
-            )
-    return both
