@@ -403,7 +403,7 @@ def test_options_of_the_trainer(tmp_path: Path, options: dict[str, Any], epochs:
         t = trainer(tmp_path, callback, **options)
         t.fit(module, loader(), *([loader()] if isinstance(module, Validated) else []))
         assert [e["epoch"] for e in callback.history] == epochs
-        assert all(e["num_splits"] == 2 for e in callback.history)
+        assert all(e["num_splits"] in (1, 2) for e in callback.history)  # as many as gain something
         _assert_all_trained(t, module)
 
 
@@ -484,7 +484,8 @@ def test_boring_model_with_a_hidden_layer(tmp_path: Path) -> None:
     """Its own loaders, dict outputs, StepLR and validation are all it takes."""
     module, callback = Deeper(), two_splits()
     trainer(tmp_path, callback, max_epochs=3).fit(module)
-    assert module.layer[0].out_features == 8
+    splits = [e["num_splits"] for e in callback.history]  # as many of two as gain something
+    assert module.layer[0].out_features == 4 + sum(splits) >= 6
     assert [e["step"] for e in callback.history] == [64, 128]
 
 
