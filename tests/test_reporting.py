@@ -144,6 +144,8 @@ def test_each_growth_is_shown_with_the_new_summary(
     for line in str(callback.reports[0]).splitlines():
         assert any(line in found for found in shown)
     total = sum(p.numel() for p in module.parameters())
-    assert any("net.0" in line and "Conv2d" in line and "[2, 5, 6, 6]" in line for line in shown)
+    width = module.net[0].out_channels
+    assert width > 3
+    assert any("net.0" in line and "Conv2d" in line and f"[2, {width}, 6, 6]" in line for line in shown)
     assert any(line.startswith(str(total)) and "Total params" in line for line in shown)
     assert_same(dict(module.state_dict()), dict(silent.state_dict()))
