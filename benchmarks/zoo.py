@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import textwrap
 import time
@@ -174,8 +175,8 @@ pixels (299 for Inception v3). `make zoo` writes this page for all of them, and
 convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the
 output, relative to the largest output, after two random neurons of every group have been split without
 displacement: in float64, in eval and in train mode, all parameters random, images smaller (`python
-benchmarks/zoo.py --one deviation NAME` prints it). *Forward* and *trace* are CPU time of one call, all cores
-together, and *memory* is the peak of `trace` over that of one forward pass, parameters included.
+benchmarks/zoo.py --one deviation NAME` prints it). *Forward* and *trace* are seconds of one call
+on {cores} cores, and *memory* is the peak of `trace` over that of one forward pass, parameters included.
 
 {summary}
 
@@ -189,11 +190,12 @@ What is left alone has a mathematical reason, named below the table.
 def summary(rows: list[dict[str, Any]]) -> str:
     """The extremes, in a sentence or two."""
     whole = sum(r["channels"] == r["hidden"] for r in rows)
-    slow = max(rows, key=lambda r: r["trace_cpu_s"])
+    slow, busy = (max(rows, key=lambda r: r[time]) for time in ("trace_s", "trace_cpu_s"))
     large = max(rows, key=lambda r: r["memory"])
     found = (
         f"All hidden channels can be split in {whole} of these models. Tracing takes at most "
-        f"{slow['trace_cpu_s']:.1f} s ({slow['name']}) and {large['memory']:.2f} times the memory of a "
+        f"{slow['trace_s']:.1f} s ({slow['name']}; {busy['trace_cpu_s']:.1f} s of processor time for "
+        f"{busy['name']}) and {large['memory']:.2f} times the memory of a "
         f"forward pass ({large['name']})"
     )
     proven = [r for r in rows if r["deviation"] is not None]
@@ -210,7 +212,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"| {r['name']} | {r['groups']} | {r['neurons']:,} "
         f"| {r['channels'] / r['hidden']:.0%} of {r['hidden']:,} "
-        f"| {told(r['deviation'])} | {r['forward_cpu_s']:.1f} s | {r['trace_cpu_s']:.1f} s "
+        f"| {told(r['deviation'])} | {r['forward_s']:.1f} s | {r['trace_s']:.1f} s "
         f"| {r['memory']:.2f} |"
         for r in rows
     ]
@@ -224,7 +226,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"| {reason} | {channels:,} | {len(models[reason])} |" for reason, channels in reasons.most_common()
     ]
     return (
-        HEAD.format(count=len(rows), all=len(names()), summary=summary(rows))
+        HEAD.format(count=len(rows), all=len(names()), cores=os.cpu_count(), summary=summary(rows))
         + "\n".join(lines)
         + "\n\n## What is left alone\n\n| reason | channels | models |\n|---|---:|---:|\n"
         + "\n".join(left)

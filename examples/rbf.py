@@ -2,6 +2,7 @@
 
     python examples/rbf.py                 # minutes on two cores
     python examples/rbf.py --fast          # a few seconds, for a test
+    python examples/rbf.py --settle        # no step that raises the loss
 
 The setting of S2D (Liu, Wu, Wang 2019), appendix B.1, and S3D (Wu et al. 2020), appendix D.1: the target is a
 network of 15 neurons with weights from N(0, 3), seen at 1000 points in [-5, 5] without noise. One neuron is
@@ -45,7 +46,7 @@ from lightning_split.growers import schemes
 SPREAD = 3**0.5  # N(0, 3) has variance 3
 RATE = 0.1
 WIDTH = 8
-STEPS = (0.05, 0.2, 0.5, 1.0)  # step sizes among which Mixed looks
+STEPS = (0.05, 0.2, 0.5, 1.0)  # step sizes among which line searches and Mixed look
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,14 @@ class Setting:
     step: float
     candidates: int
     trial: int
+    first: int = 0
+    settle: bool = False
 
     def draw(self, generator: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * SPREAD
+
+    def train(self, networks: Networks, data: Data, steps: int, every: int = 0) -> tuple[Networks, Tensor]:
+        return descend(networks, data, steps, RATE, every, self.settle)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ Move = Callable[[Networks, Data, torch.Generator], Networks]
 def targets(setting: Setting) -> tuple[Data, Data]:
     """The 1000 points of every target, and their Gauss rules."""
     points, rules = [], []
-    for seed in range(setting.seeds):
+    for seed in range(setting.first, setting.first + setting.seeds):
         generator = torch.Generator().manual_seed(seed)
         true = Networks.of(setting.draw(generator, 1, 15, 2), setting.draw(generator, 1, 15))
         x = torch.rand(1, 1000, generator=generator, dtype=torch.float64) * 10 - 5
@@ -93,9 +99,16 @@ def targets(setting: Setting) -> tuple[Data, Data]:
 def methods(setting: Setting) -> dict[str, Move]:
     """How each method takes its next neuron (S3D with m = 3 and 4: its next two or three)."""
 
-    def splitting(m: int, c: float, signed: bool = True) -> Move:
+    def lowest(offers: list[Networks], data: Data, trial: int = 0) -> Networks:
+        """Of several networks of each target the one of the lowest loss, after a trial."""
+        repeated = data.repeat(len(offers))
+        tried = setting.train(concatenate(offers), repeated, trial)[0]
+        losses = loss(tried, repeated).view(len(offers), -1).nan_to_num(torch.inf)
+        return choose(offers, losses.argmin(0))
+
+    def splitting(m: int, c: float, signed: bool = True, steps: tuple[float, ...] = (setting.step,)) -> Move:
         offered = schemes(m, c, signed=signed)
-        return lambda n, data, g: split(n, data, offered, setting.step, WIDTH)[0]
+        return lambda n, data, g: lowest([split(n, data, offered, s, WIDTH)[0] for s in steps], data)
 
     def random_split(n: Networks, data: Data, g: torch.Generator) -> Networks:
         direction = setting.draw(g, len(n.w), 2)
@@ -124,10 +137,7 @@ def methods(setting: Setting) -> dict[str, Move]:
                 offers += [split(n, data, schemes(2, 3.0), step, WIDTH)[0] for step in STEPS]
             width = max(o.w.shape[1] for o in offers)
             offers = [o for o in offers if o.w.shape[1] == width]
-            repeated = data.repeat(len(offers))
-            tried = descend(concatenate(offers), repeated, trial, RATE)[0]
-            losses = loss(tried, repeated).view(len(offers), -1).nan_to_num(torch.inf)
-            return choose(offers, losses.argmin(0))
+            return lowest(offers, data, trial)
 
         return move
 
@@ -137,6 +147,8 @@ def methods(setting: Setting) -> dict[str, Move]:
         "S3D m=3 c=3": splitting(3, 3.0),
         "S3D m=4 c=3": splitting(4, 3.0),
         **{f"S3D m=2 c={c:g}": splitting(2, c) for c in (1.5, 2.0, 5.0)},
+        "S2D line search": splitting(2, 1.0, signed=False, steps=STEPS),
+        "S3D line search": splitting(2, 3.0, steps=STEPS),
         "random split": random_split,
         "new initialisation": new,
         "new, zero outgoing": new_silent,
@@ -167,7 +179,7 @@ def grow(moves: dict[str, Move], setting: Setting, points: Data, rule: Data) -> 
             names = [name for name, n in now.items() if n.w.shape[1] == width]
             together = concatenate([now[name] for name in names])
             every = max(setting.iterations // 100, 1)
-            trained, history = descend(together, rule.repeat(len(names)), setting.iterations, RATE, every)
+            trained, history = setting.train(together, rule.repeat(len(names)), setting.iterations, every)
             for i, name in enumerate(names):
                 part = slice(i * setting.seeds, (i + 1) * setting.seeds)
                 now[name] = trained.at(part)
@@ -196,23 +208,24 @@ class Probe:
     turned_trained: Tensor  # (n, A): decrease after training
 
 
-def probe(networks: Networks, rule: Data, iterations: int, step: float) -> Probe:
+def probe(networks: Networks, rule: Data, setting: Setting) -> Probe:
     """Split every neuron along its splitting gradient, and the best one in all directions."""
     lowest = torch.linalg.eigvalsh(splitting_matrices(networks, rule))[..., 0].amin(1)
     splits = (networks.width == 7) & (lowest < -1e-3)  # the bound at which the paper stops
     splits = splits.nonzero().flatten() if bool(splits.any()) else torch.arange(len(lowest))
     networks, rule = networks.at(splits), Data(*(t[splits] for t in vars(rule).values()))
-    before, unsplit = loss(networks, rule), loss(descend(networks, rule, iterations, RATE)[0], rule)
+    iterations = setting.iterations // 10
+    before, unsplit = loss(networks, rule), loss(setting.train(networks, rule, iterations)[0], rule)
     values, vectors = torch.linalg.eigh(splitting_matrices(networks, rule))
     count, width = networks.w.shape
 
     def decreases(neurons: list[Tensor], directions: list[Tensor], trained: bool) -> Tensor:
-        length = step if trained else 1e-3
+        length = setting.step if trained else 1e-3
         pairs = zip(neurons, directions, strict=True)
         tried = concatenate([split_at(networks, k, d, length) for k, d in pairs])
         data = rule.repeat(len(neurons))
         if trained:
-            tried = descend(tried, data, iterations, RATE)[0]
+            tried = setting.train(tried, data, iterations)[0]
             return (unsplit - loss(tried, data).view(-1, count)).T
         return (before - loss(tried, data).view(-1, count)).T / (length**2 / 2)
 
@@ -237,10 +250,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the experiment; returns the median final loss of each method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="number of random targets")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first target")
     parser.add_argument("--iterations", type=int, default=20_000, help="of gradient descent between growths")
     parser.add_argument("--step", type=float, default=0.05, help="step size of the splits")
     parser.add_argument(
         "--only", nargs="+", metavar="METHOD", help="only these: table, no claims, no figures"
+    )
+    parser.add_argument(
+        "--settle", action="store_true", help="make no step that raises the loss, halve the rate instead"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/rbf"), help="folder for the figures")
@@ -249,20 +266,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.fast:
         args.seeds, args.iterations, args.threads = 3, 300, 1
     torch.set_num_threads(args.threads)
-    setting = Setting(args.seeds, args.iterations, args.step, candidates=100, trial=args.iterations // 100)
+    setting = Setting(
+        args.seeds, args.iterations, args.step, 100, args.iterations // 100, args.first, args.settle
+    )
     began = time.perf_counter(), time.process_time()
     points, rule = targets(setting)
     moves = methods(setting)
     runs = grow({n: m for n, m in moves.items() if n in (args.only or moves)}, setting, points, rule)
     power = ((points.y - points.y.mean(1, keepdim=True)) ** 2).mean(1)
-    tried = None if args.only else probe(runs["S2D"].stages[6], rule, args.iterations // 10, args.step)
+    tried = None if args.only else probe(runs["S2D"].stages[6], rule, setting)
 
     rows = []
     for name, run in runs.items():
         low, median, high = quartiles(run.final)
         rows.append([name, f"{median:.2e}", f"{low:.1e}", f"{high:.1e}", f"{float(run.final.max()):.1e}",
                      str(int((run.final > 0.05 * power).sum())), str(int(run.stable.sum()))])  # fmt: skip
-    print(f"{WIDTH} neurons, {args.seeds} targets, {args.iterations:,} iterations between growths")
+    print(f"{WIDTH} neurons, {args.seeds} targets, {args.iterations:,} iterations between growths", end="")
+    print(", no step that raises the loss" if args.settle else "")
     print(table(["final loss", "median", "quartile", "quartile", "worst", "stuck", "stable"], rows))
     print("stuck: over 5 % of the target's variance is left; stable: no split helped, so it stopped growing")
     gap = torch.cat([(loss(r.stages[-1], rule) / r.final - 1).abs() for r in runs.values()])

@@ -91,6 +91,19 @@ def test_descent_takes_autograd_s_steps_and_holds_what_is_held() -> None:
     torch.testing.assert_close(history, torch.stack(expected, 1))
 
 
+def test_descent_that_settles_never_raises_a_loss_and_is_plain_descent_where_that_does_not() -> None:
+    """One network of a batch has a target that is too large for the rate."""
+    networks, data = _networks(2, 4)
+    data.y[1] *= 5
+    plain, jumps = descend(networks, data, 300, rate=0.1, every=1)
+    found, falls = descend(networks, data, 300, rate=0.1, every=1, settle=True)
+    assert bool((jumps.diff(dim=1)[1] > 0).any())
+    assert bool((falls.diff(dim=1) <= 0).all())
+    assert float(loss(found, data)[1]) <= float(falls[1, -1]) < float(falls[1, 0]) / 10
+    torch.testing.assert_close(found.theta[0], plain.theta[0], rtol=0, atol=0)
+    torch.testing.assert_close(falls[0], jumps[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("m", "c", "signed"), [(2, 1.0, False), (2, 3.0, True), (3, 3.0, True), (4, 5.0, True)]
 )

@@ -97,28 +97,57 @@ def splitting_matrices(networks: Networks, data: Data) -> Tensor:
 
 
 def descend(
-    networks: Networks, data: Data, steps: int, rate: float, every: int = 0
+    networks: Networks, data: Data, steps: int, rate: float, every: int = 0, settle: bool = False
 ) -> tuple[Networks, Tensor]:
-    """Gradient descent on all free weights; also the losses before each ``every`` steps, (B, records)."""
-    theta, w = networks.theta.clone(), networks.w.clone()
-    free = (networks.free & networks.alive).to(w)
-    x, mass = data.x[:, None], 2 * data.mass[:, None]
-    y, inputs = data.y[:, None], torch.stack([data.x, torch.ones_like(data.x)], 2)
-    a, b = theta[..., :1], theta[..., 1:]
-    z, h = torch.empty(*w.shape, x.shape[2], dtype=w.dtype), torch.empty(*w.shape, x.shape[2], dtype=w.dtype)
+    """Gradient descent on all free weights; also the losses before each ``every`` steps, (B, records).
+
+    With ``settle`` a step that would raise a network's loss is not made, and its next is half as long; rates
+    that were halved grow back to ``rate`` by a tenth a step.
+    """
+    slopes = _Slopes(networks, data)
+    theta, w = networks.theta, networks.w
+    losses, *turns = slopes(theta, w)
+    rates = torch.full_like(losses, rate)
     records = []
     for step in range(steps):
-        torch.addcmul(b, a, x, out=z)
-        torch.mul(z, z, out=h).mul_(-0.5).exp_()
-        error = torch.bmm(w[:, None], h).sub_(y)  # (B, 1, Q)
         if every and step % every == 0:
-            records.append((error * error * mass).sum((1, 2)) / 2)
-        error.mul_(mass)
-        slope = torch.bmm(h, error.mT)[..., 0]  # of w
-        turn = torch.bmm(z.mul_(h), inputs * error.mT)  # of theta, but for −w: σ'(z) = −z σ(z)
-        theta.addcmul_((w * free)[..., None], turn, value=rate)
-        w.addcmul_(slope, free, value=-rate)
+            records.append(losses)
+        ahead = theta - rates[:, None, None] * turns[0], w - rates[:, None] * turns[1]
+        found, *after = slopes(*ahead)
+        if settle:
+            stay = ~(found <= losses)
+            rates = torch.where(stay, rates / 2, (rates * 1.1).clamp(max=rate))
+            ahead = torch.where(stay[:, None, None], theta, ahead[0]), torch.where(stay[:, None], w, ahead[1])
+            after = [
+                torch.where(stay.view(-1, *[1] * (t.ndim - 1)), t, a)
+                for t, a in zip(turns, after, strict=True)
+            ]
+            found = torch.where(stay, losses, found)
+        (theta, w), losses, turns = ahead, found, after
     return replace(networks, theta=theta, w=w), torch.stack(records, 1) if records else torch.empty(len(w), 0)
+
+
+class _Slopes:
+    """Losses (B,) and their gradients by theta and w of the free weights; keeps its large tables."""
+
+    def __init__(self, networks: Networks, data: Data) -> None:
+        shape = *networks.w.shape, data.x.shape[1]
+        self._free = (networks.free & networks.alive).to(networks.w)
+        self._x, self._y, self._mass = data.x[:, None], data.y[:, None], data.mass[:, None]
+        self._inputs = torch.stack([data.x, torch.ones_like(data.x)], 2)
+        self._z, self._h = (torch.empty(shape, dtype=networks.w.dtype) for _ in range(2))
+
+    def __call__(self, theta: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, h = self._z, self._h
+        torch.addcmul(theta[..., 1:], theta[..., :1], self._x, out=z)
+        torch.mul(z, z, out=h).mul_(-0.5).exp_()
+        error = torch.bmm(w[:, None], h).sub_(self._y)  # (B, 1, Q)
+        weighed = error * self._mass
+        losses = (error * weighed).sum((1, 2))
+        weighed *= 2
+        by_w = torch.bmm(h, weighed.mT)[..., 0] * self._free
+        turn = torch.bmm(z.mul_(h), self._inputs * weighed.mT)  # of theta, but for −w: σ'(z) = −z σ(z)
+        return losses, turn.mul_(-(w * self._free)[..., None]), by_w
 
 
 def split(
