@@ -128,7 +128,8 @@ def draw(path: Path, folder: Path, history: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
     for name, color in (("grown", "C0"), ("seed without growth", "0.55")):
-        events = EventAccumulator(str(folder / "quickstart" / name))
+        files = (folder / "quickstart" / name).glob("events.*")  # of earlier runs too
+        events = EventAccumulator(str(max(files, key=lambda file: file.stat().st_mtime)))
         events.Reload()
         for ax, tag in zip(axes, ("train_loss", "val_acc"), strict=False):
             points = [(e.step, e.value) for e in events.Scalars(tag)]
