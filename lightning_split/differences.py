@@ -66,7 +66,10 @@ class SplittingDifferences:
         self._full = True  # whether the code runs without autocast
 
     def changes(
-        self, weights: Mapping[str, Tensor], displacements: Mapping[str, Tensor], far: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        displacements: Callable[[int], Vectors],
+        far: Mapping[str, Tensor],
     ) -> Iterator[Vectors]:
         """How the loss changes, for every batch by itself.
 
@@ -74,7 +77,7 @@ class SplittingDifferences:
 
         Args:
             weights: ``{group name: (N, m)}``, offspring weights, which sum to 1.
-            displacements: ``{group name: (N, m, D)}``.
+            displacements: ``{group name: (N, D)}`` of the offspring with this number, new tensors.
             far: ``{group name: (N,)}``, by what displacements are multiplied for the first term. Where
                 activations have kinks, few samples decide it at small distances.
 
@@ -86,10 +89,9 @@ class SplittingDifferences:
             ValueError: If a loss is not a finite scalar that depends on the network, or two passes over the
                 same batch differ.
         """
-        further = {name: d * far[name].to(d)[:, None, None] for name, d in displacements.items()}
         for number, batch in enumerate(self._batches):
             first = self._precisely(partial(self._cut.first_pass, batch, number, values=True))
-            moved = self._moved(batch, first, weights, further)
+            moved = self._moved(batch, first, weights, displacements, far)
             linear = self._slots.collect(first.places, moved, first.cotangents)
             if not all(bool(values.isfinite().all()) for values in linear.values()):
                 yield {
@@ -111,12 +113,20 @@ class SplittingDifferences:
             yield {name: torch.stack([linear[name], curved[name] / 2], dim=1) for name in weights}
 
     def _moved(
-        self, batch: Any, first: FirstPass, weights: Mapping[str, Tensor], displacements: Mapping[str, Tensor]
+        self,
+        batch: Any,
+        first: FirstPass,
+        weights: Mapping[str, Tensor],
+        displacements: Callable[[int], Vectors],
+        far: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """What all splits change in what is read."""
         total = [torch.zeros_like(x) for x in first.values]
         for k in range(max((w.shape[1] for w in weights.values()), default=0)):
-            some = {name: d[:, k] for name, d in displacements.items()}
+            some = displacements(k)
+            if far is not None:
+                for name, moved in some.items():
+                    moved.mul_(far[name].to(moved)[:, None])
             shares = self._slots.spread({name: w[:, k] for name, w in weights.items()}, first)
             self._precisely(partial(self._displace, batch, first, some, shares, total))
         return total

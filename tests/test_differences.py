@@ -60,7 +60,10 @@ def _predicted(
     weights = {n: torch.tensor(WEIGHTS).expand(len(d), -1) for n, d in v.items()}
     moved = {n: step * torch.tensor(ALONG)[None, :, None] * d[:, None] for n, d in v.items()}
     further = {n: torch.full((len(d),), far) for n, d in v.items()}
-    found = list(SplittingDifferences(model, arch, batches, loss).changes(weights, moved, further))
+    differences = SplittingDifferences(model, arch, batches, loss)
+    found = list(
+        differences.changes(weights, lambda k: {n: d[:, k].clone() for n, d in moved.items()}, further)
+    )
     return {name: torch.stack([change[name] for change in found]).mean(0) for name in v}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,15 +104,15 @@ class Differences(Measure):
         schemes: Sequence[Scheme],
         lengths: Mapping[str, Tensor],
     ) -> None:
-        self._context = context
+        self._context, self._pairs = context, pairs
         count = max(len(s.weights) for s in schemes)  # copies of weight zero make all schemes equally long
         weights = torch.tensor([[*s.weights, *[0.0] * (count - len(s.weights))] for s in schemes])
         along = torch.tensor([[*s.along, *[(0.0, 0.0)] * (count - len(s.along))] for s in schemes])
         coefficients = torch.tensor([s.coefficients for s in schemes], dtype=torch.float64)
         self.offered, self._scales = {}, {}
-        self._splits: list[tuple[Vectors, Vectors]] = []
+        self._splits: list[tuple[Vectors, Vectors]] = []  # weights, and along which vectors how far
         self._far: Vectors = {}
-        directions: Vectors = {}
+        lengths_near: Vectors = {}
         for name, p in pairs.items():
             best = (p.values.double().cpu() @ coefficients.T).argmin(1)[:, None]
             every = torch.arange(len(schemes)).expand(len(best), -1)
@@ -124,14 +125,13 @@ class Differences(Measure):
             self._far[name] = far / near
             # Both terms over ε²/2; below the shortest distance the second goes on as the cube of it.
             self._scales[name] = torch.stack([2 / far**2, 2 / near**2 * (step / near)], dim=1)
-            directions[name] = near[:, None, None] * p.vectors.double().cpu()
+            lengths_near[name] = near.double().cpu()[:, None, None]
         for k in range(next(iter(self.offered.values())).shape[1]):
             chosen = {name: offered[:, k] for name, offered in self.offered.items()}
-            moved = {name: along[c].double() @ directions[name] for name, c in chosen.items()}
             self._splits.append(
                 (
                     {name: weights[c].double() for name, c in chosen.items()},
-                    {name: m.to(pairs[name].vectors) for name, m in moved.items()},
+                    {name: along[c].double() * lengths_near[name] for name, c in chosen.items()},
                 )
             )
 
@@ -139,14 +139,23 @@ class Differences(Measure):
         """Costs about three training steps per batch and scheme; see :meth:`Measure.samples`."""
         found: dict[str, list[Tensor]] = {name: [] for name in self.offered}
         differences = self._context.differences(batches)
-        for weights, displacements in self._splits:
-            changes = list(differences.changes(weights, displacements, self._far))
+        for weights, along in self._splits:
+            changes = list(differences.changes(weights, partial(self._offspring, along), self._far))
             for name, scale in self._scales.items():
                 found[name].append(torch.stack([(change[name] * scale).sum(1) for change in changes]))
         values = {name: torch.stack(columns, dim=2) for name, columns in found.items()}
         both = self._context.ranks.gather_of(values)
         _check_finite(both, "changes of the loss by splits")
         return both
+
+    def _offspring(self, along: Vectors, number: int) -> Vectors:
+        """Displacements of one offspring of every neuron; all of them at once would fill the memory."""
+        found = {}
+        for name, p in self._pairs.items():
+            low, high = along[name][:, number].to(p.vectors).unbind(1)
+            found[name] = p.vectors[:, 0] * low[:, None]
+            found[name].addcmul_(p.vectors[:, 1], high[:, None])
+        return found
 
     def values(self, samples: Tensor) -> Tensor:
         """See :meth:`Measure.values`."""
