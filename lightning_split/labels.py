@@ -6,13 +6,12 @@ of the labels (:mod:`lightning_split.operators`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lightning_split.tally import Tally
 
 __all__ = [
-    "CallMode",
     "Handler",
     "LabelMode",
     "stored_once",
@@ -45,46 +43,6 @@ class BookKeeping:
     def __exit__(self, *error: Any) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(*error)
-
-
-class CallMode(TorchFunctionMode):
-    """Tells a :class:`LabelMode` what the operators below cannot.
-
-    That a split comes from ``chunk``, and that values are read as NumPy arrays or Python lists.
-    """
-
-    def __init__(self, labels: LabelMode) -> None:
-        super().__init__()
-        self._labels = labels
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _READ_OUTSIDE and args:
-            self._labels.bar([t for t in args if isinstance(t, Tensor)], _OUTSIDE)
-        asked = func in (torch.chunk, Tensor.chunk, torch.tensor_split, Tensor.tensor_split)
-        outer, self._labels.open_dim = self._labels.open_dim, _open_dim(func, args, kwargs or {})
-        self._labels.chunks += asked
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self._labels.chunks -= asked
-            self._labels.open_dim = outer
-
-
-def _open_dim(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """The dimension of the result that a reshape leaves open (-1), if it does."""
-    if getattr(func, "__name__", "") not in ("view", "reshape", "unflatten") or not args:
-        return None
-    values = [*args[1:], *kwargs.values()]
-    lists = [v for v in values if isinstance(v, (tuple, list))]
-    sizes = list(lists[0]) if lists else [v for v in values if isinstance(v, int)]
-    if -1 not in sizes:
-        return None
-    if func.__name__ == "unflatten":
-        first: int = next((v for v in values if isinstance(v, int)), 0)
-        return first % int(args[0].ndim) + sizes.index(-1)
-    return sizes.index(-1)
 
 
 class LabelMode(TorchDispatchMode):
@@ -398,6 +356,3 @@ _CONTRACTIONS = {
     *("native_batch_norm", "native_layer_norm", "native_group_norm", "_embedding_bag"),
     *("_thnn_fused_lstm_cell", "lstm", "gru", "mkldnn_rnn_layer", "index_select", "index", "gather"),
 }
-
-_READ_OUTSIDE = {"numpy", "tolist", "__array__", "__dlpack__"}
-_OUTSIDE = "their values are read outside of torch, where splitting cannot follow"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, PortKey
+from lightning_split.calls import CallMode
 from lightning_split.constants import storage_key
 from lightning_split.grouping import Findings
-from lightning_split.labels import BookKeeping, CallMode, LabelMode, stored_once
+from lightning_split.labels import BookKeeping, LabelMode, stored_once
 from lightning_split.layers import LayerRule, Port, layer_tensors, port_kind, rule_for
 from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched

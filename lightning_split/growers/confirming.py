@@ -85,8 +85,8 @@ class Differences(Measure):
 
     That has two terms (:mod:`lightning_split.differences`). The first is measured with the offspring further
     away than in the growth itself, if its steps are small: 0.2 of the norm of the neuron's weights. The
-    second, the curvature of the rest of the network, goes with the cube of the step where there are kinks,
-    and is measured at the growth's own.
+    second, the curvature of the rest of the network, goes with the cube of the step where there are kinks.
+    It is measured at the growth's own, or at 0.01 of the norm if that is more.
 
     Args:
         context: The network. Unless it wants all schemes, a neuron is judged by the one that promises most.
