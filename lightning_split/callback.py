@@ -20,6 +20,7 @@ from lightning_split.chronicle import Chronicle
 from lightning_split.company import averaging_done, follow, shadow_models, share_buffers
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.growth import NothingToSplitError, grow
+from lightning_split.interrupts import uninterrupted
 from lightning_split.lineage import Lineage
 from lightning_split.measuring import OnCopies
 from lightning_split.monitoring import Monitor
@@ -254,6 +255,10 @@ class SplittingCallback(Callback):
         if exhausted:
             self._stop(trainer, pl_module, f"max_growths={self.max_growths} is reached")
             return
+        self._grow_now(trainer, pl_module, epoch, step)
+
+    @uninterrupted()  # from the first pass until optimizers and records know of the growth
+    def _grow_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, step: int) -> None:
         batches = self._supply.take(trainer, pl_module, self._growth_seed)
         if batches is None:
             return  # not enough went by yet; due stays due

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.cuts import CutNetwork, LossFn, check_loss
+from lightning_split.interrupts import give_way
 from lightning_split.lean import LeanDerivatives, transformed, without_autocast
 from lightning_split.segments import Layout, Part, Plan, Segment, parts
 from lightning_split.surrogates import SmoothDerivatives
@@ -187,6 +188,7 @@ class SplittingOperator:
 
     def _apply(self, number: int, multiply: Callable[[Segment], None], *, keep: bool = True) -> None:
         """Run through the segments of one batch."""
+        give_way()
         kept = self._kept.get(number)
         if kept is not None:
             for segment in kept:

@@ -17,6 +17,7 @@ from lightning_split.counting import network_cost
 from lightning_split.curvature import LossFn, check_loss
 from lightning_split.deciding import Chooser, as_split, network_prices
 from lightning_split.growers import Grower, SteepestSplitting
+from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.measuring import undisturbed
 from lightning_split.ranks import Ranks
 from lightning_split.rehearsal import checked_readings, culprit, first_break
@@ -40,6 +41,7 @@ class NothingToSplitError(ValueError):
         self.frozen = frozen  # some only because their weights are frozen, which may change
 
 
+@uninterrupted()
 def grow(
     model: nn.Module,
     batches: Iterable[Any],
@@ -67,7 +69,8 @@ def grow(
 
     Traces the network, finds the extreme eigenpairs of all splitting matrices, lets the strategy choose,
     widens the layers, checks that every layer reads what it read before, and moves the offspring apart.
-    The growth happens completely or not at all; everything else about the model stays as it was.
+    The growth happens completely or not at all; everything else about the model stays as it was. Ctrl-C comes
+    out before the next pass over the model; pressed twice, at once.
 
     Args:
         model: Any network.
@@ -186,7 +189,7 @@ def grow(
         gain = proposal.estimated_gain.get((c.group, c.neuron, c.scheme))
         return c.predicted if gain is None else gain * ratio**c.order
 
-    return GrowthReport(
+    report = GrowthReport(
         splits=tuple(as_split(c) for c in chosen),
         chosen=tuple(chosen),
         predicted_gain=sum(c.predicted for c in chosen),
@@ -209,6 +212,12 @@ def grow(
         replaced=surgery.replaced,
         architecture=arch,
     )
+    try:
+        give_way()
+    except BaseException:  # nobody would get the report
+        surgery.revert()
+        raise
+    return report
 
 
 def select_groups(

@@ -27,6 +27,7 @@ from lightning_split.checkpoint import fit_to_state_dict
 from lightning_split.context import GrowthContext
 from lightning_split.costs import Cost
 from lightning_split.counting import LayerCall, RawProduct, layer_calls, passing, port_axis, raw_products
+from lightning_split.interrupts import give_way
 from lightning_split.layers import Port, layer_tensors, port_kind, port_sizes, rule_for
 from lightning_split.measuring import batch_size
 from lightning_split.pricing import Axis, Counts, Prices
@@ -195,6 +196,7 @@ class _Timed(ABC):
 
     def _timed(self, sizes: Mapping[Port, int]) -> float:
         """Median milliseconds at some sizes."""
+        give_way()
         function, args, kwargs = self._prepared(sizes)
         times = []
         with torch.enable_grad() if self.cost.backward else torch.no_grad():

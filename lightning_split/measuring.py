@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.layers import keeps_batch_statistics
 
 __all__ = [
@@ -40,21 +41,22 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     on_gpu = torch.cuda.is_initialized()
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            # torch.manual_seed would also note the call stack for devices that are not in use
-            torch.default_generator.manual_seed(seed)
+    with uninterrupted():
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+                # torch.manual_seed would also note the call stack for devices that are not in use
+                torch.default_generator.manual_seed(seed)
+                if on_gpu:
+                    torch.cuda.manual_seed_all(seed)
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
             if on_gpu:
-                torch.cuda.manual_seed_all(seed)
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(gpu_states)
+                torch.cuda.set_rng_state_all(gpu_states)
 
 
 @contextmanager
@@ -64,18 +66,20 @@ def undisturbed(model: nn.Module, *, train: bool | None = False, seed: int | Non
     Inside, all modules are in one mode, gradients are enabled and the random state is seeded. On exit the
     training flag of every module, the buffers, the ``.grad`` of every parameter, the parameters that passes
     write to (:func:`keep_in_mind`), the modules' plain attributes (counters, lists, metric states) and the
-    random state are what they were, whatever happened.
+    random state are what they were, whatever happened: Ctrl-C waits until they are, or comes out at the next
+    entry (:mod:`lightning_split.interrupts`).
 
     Args:
         model: The model.
         train: The mode inside; ``None`` keeps the modules' own.
         seed: Seed of the random state inside; ``None`` keeps it running.
     """
+    give_way()
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items()]
     grads = [(p, p.grad) for p in model.parameters()]
     values = [(p, p.data) for p in model.parameters()]
-    with ExitStack() as stack:
+    with uninterrupted(), ExitStack() as stack:
         written: list[tuple[nn.Parameter, Tensor]] = []
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(torch.inference_mode(False))

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_split._compat import MisconfigurationException, twins
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import growth_enabled
+from lightning_split.interrupts import uninterrupted
 from lightning_split.ranks import Ranks
 from lightning_split.surgery import AxisMap, Replacement
 
@@ -61,6 +62,7 @@ class _UnknownEntryError(Exception):
     """An entry of an optimizer's state that cannot follow its parameter."""
 
 
+@uninterrupted()
 def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer") -> None:
     """Put grown parameters in the places of the old ones, and let their state follow.
 

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from lightning_split._compat import MisconfigurationException, is_module, is_trainer, overrides
+from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.measuring import copied, isolated_rng, undisturbed
 
 __all__ = [
@@ -61,7 +62,7 @@ def quiet(trainer: pl.Trainer, pl_module: pl.LightningModule, *, seed: int | Non
     """
     modules = [m for m in pl_module.modules() if is_module(m)]
     owners = [*pl_module.modules(), getattr(trainer, "datamodule", None)]
-    with ExitStack() as stack:
+    with uninterrupted(), ExitStack() as stack:
         stack.enter_context(isolated_rng(seed))
         stack.enter_context(_borrowed_generators(owners, seed, depth=2))
         for owner, name in [
@@ -189,6 +190,7 @@ def training_batches(trainer: pl.Trainer, num: int, *, seed: int, skip: int = 0)
         for part in (dl.generator, dl.sampler, dl.batch_sampler, dl.dataset, dl.collate_fn)
     ]
     with (
+        uninterrupted(),
         isolated_rng(seed),
         _kept_samplers(roots),
         _borrowed_generators(roots, seed),
@@ -271,6 +273,7 @@ def _replayed(loader: DataLoader[Any], which: slice, limit: int, seed: int) -> l
     chosen = np.random.default_rng(seed).permutation(len(lists))[which]
     batches = []
     for indices in (lists[place] for place in chosen.tolist()):
+        give_way()
         if loader.batch_sampler is None:
             samples = dataset[indices]
         elif getattr(dataset, "__getitems__", None):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture
+from lightning_split.interrupts import uninterrupted
 from lightning_split.layers import Block, Port, port_kind, port_sizes, rule_for
 from lightning_split.loose import growing_tensors
 from lightning_split.measuring import is_written
@@ -38,6 +39,7 @@ class Replacement(NamedTuple):
     maps: dict[int, AxisMap]
 
 
+@uninterrupted()
 def split_neurons(
     model: nn.Module, splits: Sequence[Split], *, arch: Architecture
 ) -> dict[nn.Parameter, Replacement]:
