@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -221,19 +222,32 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _losses(net: nn.Module, batches: list[Batch]) -> Tensor:
+    """Of every sample, in float64."""
     with torch.no_grad():
-        return torch.stack([cross_entropy(net, batch) for batch in batches])
+        return torch.cat([F.cross_entropy(net(x.double()), y, reduction="none") for x, y in batches])
+
+
+def _interval(hits: int, count: int) -> str:
+    """Wilson's 95 % interval of a share."""
+    if not count:
+        return ""
+    z, share = 1.96, hits / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return f"{middle - half:.1%} to {min(1.0, middle + half):.1%}"
 
 
 def splits(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """How many accepted splits lower the loss on data that the phase has not used, one by one.
 
-    In float64. Of ReLU networks few samples lie near a kink, so the true gain of a small step is known less
+    In float64, sample by sample before and after, on all the training data that is left unless --held-out
+    says less. Of ReLU networks few samples lie near a kink, so the true gain of a small step is known less
     well than its prediction: a gain is surely positive, or negative, beyond two standard errors.
     """
     data = fashion_mnist(args.data_dir)
     counts: dict[tuple[int, float | None], Counter[str]] = {}
-    for seed in range(args.nets):
+    untested: list[tuple[int, float | None]] = [] if args.tested else [(8, None)]
+    for seed in range(args.first, args.first + args.nets):
         torch.manual_seed(seed)
         net = trained(SMALL[name](args.width), data, epochs=args.epochs, batch=64)
         double = copy.deepcopy(net).double()
@@ -241,9 +255,12 @@ def splits(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for repeat in range(args.repeats):
             batches = batches_of(data, 64, 100 + repeat)
             known = args.estimate + max(args.batches)
-            held_out = [(x.double(), y) for x, y in batches[known : known + args.held_out]]
+            left = batches[known:] if args.held_out is None else batches[known : known + args.held_out]
+            held_out = [
+                tuple(map(torch.cat, zip(*left[i : i + 16], strict=True))) for i in range(0, len(left), 16)
+            ]
             before = _losses(double, held_out)
-            for most, level in [(8, None), *((count, 0.01) for count in args.batches)]:
+            for most, level in [*untested, *((count, 0.01) for count in args.batches)]:
                 count = counts.setdefault((most, level), Counter())
                 report = grow(
                     copy.deepcopy(net),
@@ -275,6 +292,7 @@ def splits(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "passed": count["passed"],
             "accepted": count["accepted"],
             "lower the loss": count["lower"],
+            "share": _interval(count["lower"], count["accepted"]),
             "surely": count["sure"],
             "surely raise it": count["raised"],
         }
@@ -304,7 +322,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--estimate", type=int, default=16, help="batches for the directions, for --splits")
     parser.add_argument("--step", type=float, default=1e-2, help="step size, for --splits")
     parser.add_argument("--fraction", type=float, default=0.3, help="of TopK, for --splits")
-    parser.add_argument("--held-out", type=int, default=300, help="batches of 64, for --splits")
+    parser.add_argument("--tested", action="store_true", help="no row without a test, for --splits")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first one, for --splits")
+    parser.add_argument(
+        "--held-out", type=int, help="batches of 64 to judge by, for --splits; default all that are left"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -60,11 +61,33 @@ def test_accepted_splits_are_counted(data: Path, monkeypatch: pytest.MonkeyPatch
     """On images that are easily told apart, for each number of fresh batches."""
     module = _benchmark("splitting_phase", monkeypatch)
     options = ["--splits", "mlp", "--data-dir", str(data), "--repeats", "1", "--batches", "8"]
-    rows = module.main([*options, "--width", "4", "--epochs", "2", "--held-out", "3", "--estimate", "8"])
+    options += ["--width", "4", "--epochs", "2", "--held-out", "3", "--estimate", "8"]
+    rows = module.main(options)
     assert [row["significance"] for row in rows] == ["None", "0.01"]
     assert rows[0]["accepted"] == 3
     assert rows[0]["surely"] <= rows[0]["lower the loss"] <= 3 - rows[0]["surely raise it"]
     assert rows[1]["accepted"] <= rows[1]["passed"] <= rows[1]["of candidates"] == 8
+    assert module.main([*options, "--tested"]) == rows[1:]
+
+
+def test_shares_have_their_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wilson's, as in his paper's formula: 8 of 10, none and all."""
+    interval = _benchmark("splitting_phase", monkeypatch)._interval
+    assert interval(8, 10) == "49.0% to 94.3%"
+    assert interval(100, 100) == "96.3% to 100.0%"
+    assert interval(0, 4).startswith("0.0%")
+    assert interval(0, 0) == ""
+
+
+def test_held_out_samples_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, in the batches' order."""
+    module = _benchmark("splitting_phase", monkeypatch)
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(3, 4).double(), torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    found = module._losses(net, [(x[:3], y[:3]), (x[3:], y[3:])])
+    expected = -net(x.double()).log_softmax(1)[torch.arange(5), y]
+    torch.testing.assert_close(found, expected.detach())
+    assert found.dtype == torch.float64
 
 
 def test_qualities_are_compared(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
