@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from lightning_split.layers import Port
 __all__ = ["Architecture", "ChannelGroup", "Counted", "PortMap", "ThetaBlock", "Unsplittable", "Written"]
 
 Index = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 PortKey = tuple[str, Port]
 
 
@@ -24,6 +25,8 @@ class PortMap(NamedTuple):
 
     neuron: Index  # (size,) id of the neuron at each position, -1 where nothing can grow
     run: Index  # (size,) neighbouring positions of equal run move as one block
+    reads: Mask | None = None  # (size,) rows that are outgoing weights: of a key, which its query meets
+    power: float = 0.0  # such rows are multiplied by the growth of their number to this power
 
 
 class ThetaBlock(NamedTuple):
@@ -65,6 +68,9 @@ class ChannelGroup:
     A neuron's incoming weights θ are its rows in all ``producers``, in order: each producer's weight
     flattened, then its bias; ``dim`` scalars together. Its outgoing weights are its columns in all
     ``consumers``, in the same manner.
+
+    Neurons may also meet other activations in a sum of products, as queries meet keys. Then the rows that
+    make the other factor are outgoing weights, and their layer is a consumer.
     """
 
     name: str
@@ -79,6 +85,7 @@ class ChannelGroup:
     theta: tuple[ThetaBlock, ...] = field(default=(), repr=False)
     through: tuple[ThetaBlock, ...] = field(default=(), repr=False)  # what channelwise layers keep of them
     outgoing: tuple[ThetaBlock, ...] = field(default=(), repr=False)  # what consumers multiply them by
+    paired: bool = False  # whether they meet other activations in a sum of products (queries meet keys)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,25 @@ class Architecture:
     def widths(self) -> dict[str, int]:
         """Number of neurons of every group."""
         return {group.name: group.width for group in self.groups}
+
+    @cached_property
+    def curved(self) -> Architecture:
+        """The same network with only the groups that can have a splitting matrix other than zero."""
+        return replace(self, groups=tuple(g for g in self.groups if not g.paired))
+
+    def scaled(self, names: Collection[str], power: float) -> Architecture:
+        """The same network, whose sums of products are divided by their length to this power.
+
+        Args:
+            names: Of the paired groups that are summed over.
+            power: 0.5 for scores of attention that are divided by the root of the width.
+        """
+        ports = dict(self.ports)
+        for group in map(self.group, names):
+            for key, port in self.ports.items():
+                if port.reads is not None and np.isin(port.neuron[port.reads], group.neurons).any():
+                    ports[key] = port._replace(power=power)
+        return replace(self, ports=ports)
 
     def without(self, reasons: Mapping[str, str]) -> Architecture:
         """The same network with some groups moved to ``unsplittable``, by name and with the reason."""

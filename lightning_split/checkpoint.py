@@ -46,7 +46,14 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
         }
         if all(tensors[name][0].shape == shape for name, shape in incoming.items()):
             continue
-        sizes = _sizes(layer, rule, incoming) if len(incoming) == len(tensors) else None
+        head = f"{prefix}{path}." if path else prefix
+        shapes = {
+            key.removeprefix(head): saved.shape
+            for key, saved in state_dict.items()
+            if key.startswith(head) and isinstance(saved, Tensor)
+        }
+        told = rule.told(layer, shapes)
+        sizes = _sizes(layer, told, incoming) if len(incoming) == len(tensors) else None
         if sizes is not None:
             plans.append((path, layer, rule, sizes, incoming))
     resized: dict[int, Tensor] = {}
@@ -74,10 +81,12 @@ def _resize_loose(
                 _resize(owner, name, saved.shape, resized)
 
 
-def _sizes(layer: nn.Module, rule: LayerRule, incoming: Mapping[str, torch.Size]) -> dict[Port, int] | None:
+def _sizes(
+    layer: nn.Module, told: Mapping[Port, int], incoming: Mapping[str, torch.Size]
+) -> dict[Port, int] | None:
     """The new size of every port, or ``None`` if the tensors do not agree on one."""
     tensors = layer_tensors(layer)
-    sizes = {port: size for port in rule.rigid if (size := rule.port_size(layer, port))}
+    sizes = dict(told)
     for name, (tensor, axes) in tensors.items():
         shape = incoming[name]
         if len(shape) != tensor.ndim or any(

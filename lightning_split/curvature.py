@@ -38,6 +38,8 @@ class SplittingOperator:
     :math:`S_i = \mathbb{E}[\Phi'(\sigma(\theta_i)) \nabla^2\sigma(\theta_i)]` is the splitting matrix of
     neuron i (S2D, Definition 2.1 and Eq. 7), averaged over the batches.
 
+    Those of paired groups (queries, whose outgoing weights are those of the keys) are zero.
+
     Shapes: a group of ``N`` neurons with ``D`` incoming weights each has vectors ``(N, D)``.
 
     Cost: preparing a batch takes two forward and two backward passes; a product takes a little less than a
@@ -80,8 +82,10 @@ class SplittingOperator:
             raise ValueError("The splitting matrices need at least one batch, and there is none.")
         if not self._groups:
             raise ValueError("The architecture has no channel group, so there is no splitting matrix.")
-        self._cut = CutNetwork(model, arch, loss_fn, train=train, seed=seed)
-        self._layout = Layout(self._groups.values(), self._cut.parameters)
+        self._cut = CutNetwork(model, arch.curved, loss_fn, train=train, seed=seed)
+        self._layout = Layout(arch.curved.groups, self._cut.parameters)
+        first = arch.groups[0].theta[0]
+        self._weight = model.get_submodule(first.module).get_parameter(first.tensor)
         self.has_surrogates = False
 
     @property
@@ -92,12 +96,12 @@ class SplittingOperator:
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the incoming weights."""
-        return self._some_weight().dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the incoming weights live."""
-        return self._some_weight().device
+        return self._weight.device
 
     @property
     def num_batches(self) -> int:
@@ -189,6 +193,8 @@ class SplittingOperator:
     def _apply(self, number: int, multiply: Callable[[Segment], None], *, keep: bool = True) -> None:
         """Run through the segments of one batch."""
         give_way()
+        if not self._cut.parameters:
+            return  # all matrices are zero
         kept = self._kept.get(number)
         if kept is not None:
             for segment in kept:
@@ -240,6 +246,3 @@ class SplittingOperator:
         first = self._cut.first_pass(batch, number)
         ends = {i: first.nodes[i].next_functions[0][0] for i in first.cotangents}
         return Plan(first.count, first.cotangents, parts(ends, first.nodes, self._cut.parameters))
-
-    def _some_weight(self) -> Tensor:
-        return next(iter(self._cut.parameters.values()))

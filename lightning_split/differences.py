@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class SplittingDifferences:
-    """Changes of the loss by one split of every neuron, each by itself.
+    """Changes of the loss by one split of every neuron, each by itself; none by those of paired groups.
 
     Passes run without autocast, if the user's code can: weights that are cast to a shorter format are
     displaced by something else.
@@ -59,8 +59,8 @@ class SplittingDifferences:
         seed: int = 0,
     ) -> None:
         self._batches = list(batches)
-        self._cut = CutNetwork(model, arch, loss_fn, train=train, seed=seed)
-        self._layout = Layout(arch.groups, self._cut.parameters)
+        self._cut = CutNetwork(model, arch.curved, loss_fn, train=train, seed=seed)
+        self._layout = Layout(arch.curved.groups, self._cut.parameters)
         self._slots = _Slots(arch)
         self._generator = torch.Generator().manual_seed(seed)
         self._full = True  # whether the code runs without autocast

@@ -108,7 +108,9 @@ def led(arch: Architecture, followers: Mapping[str, str]) -> Architecture:
                 if key in arch.ports:
                     pairs = zip(arch.ports[key].neuron[kept], found.neuron[kept], strict=True)
                     leaders |= {int(own): int(leader) for own, leader in pairs}
-                ports[key] = PortMap(np.where(kept, found.neuron, -1), np.where(kept, found.run, -1))
+                ports[key] = found._replace(
+                    neuron=np.where(kept, found.neuron, -1), run=np.where(kept, found.run, -1)
+                )
     products = tuple(count.led(leaders) for count in arch.products)
     written = {
         path: tuple(call._replace(values=call.values.led(leaders)) for call in calls)

@@ -25,6 +25,7 @@ from lightning_split.architecture import (
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
 from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose_size
 from lightning_split.neurons import NeuronTable
+from lightning_split.pairs import Pair, weighing
 from lightning_split.tally import Tally
 
 __all__ = ["Findings"]
@@ -47,6 +48,7 @@ class Findings:
     loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
     adopted: set[int] = field(default_factory=set)  # ids of those that met neurons element by element
     added: set[tuple[str, str]] = field(default_factory=set)  # loose tensors added to neurons
+    pairs: list[Pair] = field(default_factory=list)  # products of activations, summed over neurons
     blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
     passed: set[str] = field(default_factory=set)  # channelwise layers that were called without neurons
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
@@ -61,6 +63,8 @@ class Findings:
         self.blank = {key: size for key, size in self.blank.items() if key not in self.ports}
         self.ports |= {key: torch.full((size,), -1) for key, size in self.blank.items()}
         raw = self._matrices()
+        read = [labels.numpy() for key, labels in self.ports.items() if port_kind(key[1]) == "in"]
+        weights = weighing(self.pairs, self.table, np.concatenate([np.zeros(0, np.int64), *read]))
         self._bar_shared_and_leaked()
         neuron, runs, reasons = self.table.resolve()
         raw |= self._biases(neuron)
@@ -75,6 +79,9 @@ class Findings:
             known = (ids >= 0) & made[owner[ids]]  # others met no neuron of a layer
             if key in self.ports or (known.any() and key not in raw):
                 ports[key] = PortMap(np.where(known, neuron[ids], -1), np.where(known, runs[ids], -1))
+                reads = weights.reads(runs[ids]) if port_kind(key[1]) == "out" else None
+                if reads is not None:
+                    ports[key] = ports[key]._replace(reads=reads, power=weights.power(runs[ids]))
         groups, unsplittable = self._named(_alike(ports, self.table.size, reasons), ports)
         return Architecture(
             tuple(groups),
@@ -188,8 +195,9 @@ class Findings:
     def _group(
         self, keys: Sequence[PortKey], members: list[int], ports: Mapping[PortKey, PortMap], rank: Index
     ) -> ChannelGroup:
+        kinds = {key: _kinds(key, ports[key], rank) for key in keys}
         by_kind = {
-            kind: tuple(dict.fromkeys(path for path, port in keys if port_kind(port) == kind))
+            kind: tuple(dict.fromkeys(key[0] for key in keys if kind in kinds[key]))
             for kind in ("out", "through", "in")
         }
         layouts: dict[str, list[ThetaBlock]] = {"out": [], "through": [], "in": []}
@@ -198,17 +206,19 @@ class Findings:
             mine = {port for p, port in keys if p == path}
             for name, (tensor, axes) in growing_tensors(module, mine).items():
                 for axis, blocks in axes.items():
-                    found = [
-                        _rows(ports[path, b.port], b, rank, len(members)) for b in blocks if b.port in mine
-                    ]
-                    kind = port_kind(blocks[0].port)
-                    if not found or not (isinstance(tensor, nn.Parameter) or kind == "through"):
-                        continue
-                    rows = np.concatenate(found, axis=1)
-                    size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
-                    layouts[kind].append(ThetaBlock(path, name, axis, rows, size))
+                    for kind, layout in layouts.items():
+                        found = [
+                            _rows(ports[path, b.port], b, rank, len(members), kind)
+                            for b in blocks
+                            if b.port in mine and kind in kinds[path, b.port]
+                        ]
+                        if not found or not (isinstance(tensor, nn.Parameter) or kind == "through"):
+                            continue
+                        rows = np.concatenate(found, axis=1)
+                        size = rows.shape[1] * (tensor.numel() // max(1, tensor.shape[axis]))
+                        layout.append(ThetaBlock(path, name, axis, rows, size))
         return ChannelGroup(
-            name=by_kind["out"][0] or "(root)",
+            name=(by_kind["out"] + by_kind["in"])[0] or "(root)",
             width=len(members),
             dim=sum(block.size for block in layouts["out"]),
             producers=by_kind["out"],
@@ -218,6 +228,7 @@ class Findings:
             theta=tuple(layouts["out"]),
             through=tuple(layouts["through"]),
             outgoing=tuple(layouts["in"]),
+            paired=any("in" in found and port_kind(key[1]) == "out" for key, found in kinds.items()),
         )
 
     def _why_not(self, group: ChannelGroup) -> str | None:
@@ -297,9 +308,19 @@ def _keys(steps: Sequence[tuple[int, PortKey | None]], kind: int) -> list[PortKe
     return keys[::-1]
 
 
-def _rows(port: PortMap, block: Block, rank: Index, width: int) -> Index:
+def _kinds(key: PortKey, port: PortMap, rank: Index) -> set[str]:
+    """What a port is to the neurons of a group: rows of a producer may be outgoing weights."""
+    if port.reads is None:
+        return {port_kind(key[1])}
+    mine = (port.neuron >= 0) & (rank[port.neuron] >= 0)
+    return {"in" if reads else "out" for reads in np.unique(port.reads[mine]).tolist()}
+
+
+def _rows(port: PortMap, block: Block, rank: Index, width: int, kind: str) -> Index:
     """Entries of a tensor's axis that each neuron of a group owns in one block, ``(width, r)``, in order."""
     owner = np.where(port.neuron >= 0, rank[port.neuron], -1)
+    if port.reads is not None:
+        owner[port.reads != (kind == "in")] = -1
     owner = np.repeat(owner, block.multiple)
     positions = np.flatnonzero(owner >= 0)
     positions = positions[np.argsort(owner[positions], kind="stable")]

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_split.constants import Constants, storage_key
 from lightning_split.loose import Guesses
 from lightning_split.neurons import Ids, NeuronTable
+from lightning_split.pairs import Lines, Pair
 
 if TYPE_CHECKING:
     from lightning_split.tally import Tally
@@ -69,6 +70,7 @@ class LabelMode(TorchDispatchMode):
         self.suspended = 0  # > 0 while labels are not followed: in a layer's own forward pass
         self.inside = 0  # > 0 while weights may be used: in a layer with a rule, followed or not
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
+        self.lines, self.pairs = Lines(), list[Pair]()
         self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
         self.open_dim: int | None = None  # where a reshape that runs was given -1: this dimension may grow
         self.parameters: dict[int | None, nn.Parameter] = {}  # by their memory
@@ -126,8 +128,15 @@ class LabelMode(TorchDispatchMode):
             else:
                 self.guesses.fix(tensor, why)
 
-    def unify(self, a: Tensor, b: Tensor, why: str) -> Tensor:
-        """Tie labels that meet element by element, and return the labels of the result."""
+    def unify(self, a: Tensor, b: Tensor, why: str, *, both: bool = False) -> Tensor:
+        """Tie labels that meet element by element, and return the labels of the result.
+
+        Args:
+            a: Labels.
+            b: Others.
+            why: What brings them together.
+            both: There is no result; each tensor keeps its own.
+        """
         shape = torch.broadcast_shapes(a.shape, b.shape)
         a, b = a.expand(shape), b.expand(shape)
         vary = [x or y for x, y in zip(self.varying(a), self.varying(b), strict=True)]
@@ -142,9 +151,31 @@ class LabelMode(TorchDispatchMode):
                 np.unique(np.maximum(fa, fb)[alone]).tolist(),
                 f"{why} meets values that belong to no neuron{self.where()}",
             )
-            both = (fa >= 0) & (fb >= 0) & (fa != fb)
-            self._tie_pairs(np.unique(np.stack([fa[both], fb[both]]), axis=1), why)
+            known = (fa >= 0) & (fb >= 0) & (fa != fb)
+            self._tie_pairs(np.unique(np.stack([fa[known], fb[known]]), axis=1), why, both)
         return torch.where(ra >= 0, ra, rb).expand(shape)
+
+    def multiply(
+        self, factors: Sequence[Tensor], labels: Sequence[Tensor], why: str, *, root: bool = False
+    ) -> bool:
+        """Let the neurons of two factors meet one by one, their products to be summed.
+
+        Args:
+            factors: Both.
+            labels: Of each along the axis that is summed over, ``(n,)``.
+            why: Why they are left alone, if it turns out that they must be.
+            root: Whether the sum is divided by the root of n.
+
+        Returns:
+            Whether they can: if both are linear in the weights that make them, and none meets itself.
+        """
+        a, b = map(self.table.runs, labels)
+        known = bool((a >= 0).all()) and bool((b >= 0).all())
+        if not known or bool(torch.isin(a, b).any()) or not all(map(self.lines.straight, factors)):
+            return False
+        self.unify(a, b, "a product of activations", both=True)
+        self.pairs.append(Pair(labels[0].numpy(), labels[1].numpy(), root, f"{why}{self.where()}"))
+        return True
 
     def merge(self, labels: Tensor, dim: int, why: str) -> Tensor:
         """Tie what lies side by side along a dimension; the result no longer depends on it."""
@@ -161,7 +192,7 @@ class LabelMode(TorchDispatchMode):
                 self.unify(first, labels.narrow(dim, i, 1), why)
         return first.expand(labels.shape)
 
-    def _tie_pairs(self, pairs: Ids, why: str) -> None:
+    def _tie_pairs(self, pairs: Ids, why: str, both: bool) -> None:
         left, right = pairs
         if not left.size:
             return
@@ -178,7 +209,7 @@ class LabelMode(TorchDispatchMode):
                 f"{why} pairs neurons with others that do not lie side by side (repeated channel shuffles "
                 f"do), so that offspring beside their parents would be paired otherwise{self.where()}",
             )
-        self.table.tie(left, right)
+        self.table.tie(left, right, both=both)
 
     # dispatch -----------------------------------------------------------------------------------
 
@@ -222,6 +253,7 @@ class LabelMode(TorchDispatchMode):
                 if not any(tensor is t for t in self.claimed):
                     self._check_write(name, tensor, labels)
             self.claimed.clear()
+            self.lines.follow(name, neurons, args[0] if args else None, tensors_of(out))
             for tensor in loose:  # a guess again: elsewhere it may be a term of the loss, say
                 self.set(tensor, None)
         return out

@@ -115,7 +115,7 @@ def _chunk(mode: LabelMode, labels: Tensor, dim: int, pieces: list[Tensor], name
         mode.table.bar(mode.ids(labels), f"{name} cuts the neurons into unequal pieces{mode.where()}")
     else:
         for part in parts[1:]:
-            mode.unify(parts[0], part, name)
+            mode.unify(parts[0], part, name, both=True)
     for piece, part in zip(pieces, parts, strict=True):
         mode.set(piece, part)
 

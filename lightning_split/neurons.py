@@ -26,6 +26,7 @@ class NeuronTable:
 
     def __init__(self) -> None:
         self._ties: list[Ids] = []  # each (2, n)
+        self._kept: list[Ids] = []  # ties of which only the first row is seen again
         self._store = np.full(1, FIXED)  # the block of each id; what is left stands for no neuron
         self._lookup = torch.from_numpy(self._store)
         self._runs = self._store[:0]
@@ -46,9 +47,29 @@ class NeuronTable:
         self._runs[start:] = np.arange(start, end, dtype=np.int64)
         return self._runs[start:].copy()
 
-    def tie(self, a: Ids, b: Ids) -> None:
-        """Declare ``a[i]`` and ``b[i]`` the same neuron."""
+    def tie(self, a: Ids, b: Ids, *, both: bool = False) -> None:
+        """Declare ``a[i]`` and ``b[i]`` the same neuron.
+
+        Args:
+            a: Ids, which what is computed of both has.
+            b: Others.
+            both: Nothing is computed of both: each has its own from there on.
+        """
         self._ties.append(np.stack([a, b]))
+        if not both:
+            self._kept.append(self._ties[-1])
+
+    def origins(self, ids: Ids) -> Ids:
+        """The blocks that these ids stand for: where values with these labels come from."""
+        found = np.unique(self.blocks(ids))
+        if not self._kept:
+            return found
+        seen, hidden = self._store[np.concatenate(self._kept, axis=1)]
+        while True:
+            more = np.union1d(found, hidden[np.isin(seen, found)])
+            if len(more) == len(found):
+                return found
+            found = more
 
     def fuse(self, ids: Ids) -> bool:
         """Declare neighbouring ids one block; ``False`` if they are not neighbours."""
@@ -70,6 +91,10 @@ class NeuronTable:
     def runs(self, labels: Tensor) -> Tensor:
         """Labels with every id replaced by its block's first id (``-1`` stays)."""
         return self._lookup[labels]  # to which -1 leads, the last entry, is free
+
+    def blocks(self, ids: Ids) -> Ids:
+        """The same for an array."""
+        return self._store[ids]
 
     def bar(self, ids: Iterable[int], reason: str) -> None:
         """Mark neurons as unsplittable; the first reason given is kept."""

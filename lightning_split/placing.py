@@ -23,7 +23,6 @@ class Widened:
 
     new: Tensor
     axes: dict[int, AxisGrowth]
-    consumed: tuple[int, ...]  # those along which neurons are read
 
 
 class Move(NamedTuple):
@@ -43,6 +42,16 @@ class _Place(NamedTuple):
     entries: Tensor  # (splits x entries per neuron,) along the block's axis
     others: dict[int, Tensor]  # for each other axis that grew the entries of the first offspring
     num_splits: int
+    lifts: dict[
+        int, Tensor
+    ]  # by axis, where it is not 1: what displacements of the entries are multiplied by
+
+    def lifted(self, rows: Tensor, axis: int) -> Tensor:
+        """Entries along the block's axis in front, times what their displacements are multiplied by."""
+        for a, lift in self.lifts.items():
+            place = 0 if a == axis else a + (a < axis)
+            rows = scale_(rows.clone(), lift, place)
+        return rows
 
 
 class Placing:
@@ -86,7 +95,8 @@ class Placing:
             for axis, where in place.others.items():
                 rows = rows.index_select(axis, where.to(rows.device))
             entries = place.entries.to(rows.device)
-            found[name].append(rows.movedim(block.axis, 0)[entries].reshape(place.num_splits, block.size))
+            mine = place.lifted(rows.movedim(block.axis, 0)[entries], block.axis)
+            found[name].append(mine.reshape(place.num_splits, block.size))
         return {name: torch.cat([p.to(parts[-1]) for p in parts], dim=1) for name, parts in found.items()}
 
     def scatter(
@@ -101,7 +111,7 @@ class Placing:
             offset[name] += block.size
             others = [a for a in range(target.ndim) if a != block.axis]
             sizes = [len(place.others[a]) if a in place.others else target.shape[a] for a in others]
-            rows = values.reshape(len(place.entries), *sizes)
+            rows = place.lifted(values.reshape(len(place.entries), *sizes), block.axis)
             for number, axis in enumerate(others, start=1):
                 where = place.others.get(axis)
                 if where is not None:
@@ -143,8 +153,9 @@ class Placing:
         begins = torch.full((len(self._splits) + 1,), -1)
         counts = [len(self._splits[n].weights) for n in mine]
         begins[mine] = torch.tensor([0, *counts]).cumsum(0)[:-1]
-        entries = (begins[g.split] >= 0).nonzero().flatten()
-        position = _positions(block)[g.index[entries]]
+        position = _positions(block, g)
+        entries = ((begins[g.split] >= 0) & (position >= 0)).nonzero().flatten()
+        position = position[entries]
         others = [a for a in range(found.new.ndim) if a != block.axis]
         rows = moved.reshape(len(moved), block.rows.shape[1], *self._old_shape(found, others))
         offspring = begins[g.split[entries]] + g.ordinal[entries]
@@ -153,8 +164,11 @@ class Placing:
             grew = found.axes.get(axis)
             if grew is not None:
                 values = values.index_select(number, grew.index.to(values.device))
-                if axis in found.consumed:
+                if bool(grew.reads.any()):
                     scale_(values, grew.factor, number)
+        lift = g.lift[entries]
+        if bool((lift != 1).any()):
+            scale_(values, lift, 0)
         return Move(found.new, block.axis, entries.to(found.new.device), values)
 
     @staticmethod
@@ -171,14 +185,19 @@ class Placing:
                 if found is None:
                     continue
                 g = found.axes[block.axis]
-                entries = ((order[g.split] >= 0) & (g.ordinal == ordinal)).nonzero().flatten()
-                key = order[g.split[entries]] * block.rows.shape[1] + _positions(block)[g.index[entries]]
+                position = _positions(block, g)
+                inside = (order[g.split] >= 0) & (g.ordinal == ordinal) & (position >= 0)
+                entries = inside.nonzero().flatten()
+                key = order[g.split[entries]] * block.rows.shape[1] + position[entries]
                 others = {a: grew.originals for a, grew in found.axes.items() if a != block.axis}
-                yield name, block, _Place(entries[key.argsort()], others, len(mine))
+                entries = entries[key.argsort()]
+                lifts = {a: grew.lift[others.get(a, entries)] for a, grew in found.axes.items()}
+                lifts = {a: lift for a, lift in lifts.items() if bool((lift != 1).any())}
+                yield name, block, _Place(entries, others, len(mine), lifts)
 
 
-def _positions(block: ThetaBlock) -> Tensor:
-    """For each old entry of the block's axis, which of its neuron's entries it is."""
-    found = torch.zeros(int(block.rows.max(initial=-1)) + 1, dtype=torch.int64)
+def _positions(block: ThetaBlock, growth: AxisGrowth) -> Tensor:
+    """For each new entry of the block's axis, which of its neuron's entries it is, or -1."""
+    found = torch.full((int(growth.index.max()) + 1,), -1)
     found[torch.from_numpy(block.rows)] = torch.arange(block.rows.shape[1]).expand(block.rows.shape)
-    return found
+    return found[growth.index]

@@ -24,6 +24,8 @@ def matmul(op: Operation) -> None:
     if any(mode.get(t) is not None for t in added):
         barrier(op)
         return
+    if _paired(op, left, right):
+        return
     why = PRODUCT if len(op.labelled) > 1 else BARRIERS[op.name]
     found, summed = [], False
     for t, axis in ((left, -1), (right, -2)):
@@ -51,6 +53,17 @@ def matmul(op: Operation) -> None:
         return
     if not any(op.foreign(t, mode.varying(found[-1])) for t in added):
         mode.set(out, found[-1])
+
+
+def _paired(op: Operation, left: Tensor, right: Tensor, axis: int = -2, *, root: bool = False) -> bool:
+    """Whether neurons of both factors meet one by one, summed along the last axis of the left factor."""
+    mode, labels = op.mode, []
+    for t, d in ((left, -1), (right, axis)):
+        own = mode.get(t)
+        if own is None or [k - t.ndim for k, v in enumerate(mode.varying(own)) if v] != [d]:
+            return False
+        labels.append(narrowed(own, [k for k in range(t.ndim) if k - t.ndim != d]).flatten())
+    return mode.multiply((left, right), labels, PRODUCT, root=root)
 
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
@@ -84,7 +97,7 @@ def convolution(op: Operation) -> None:
 
 
 def attention(op: Operation) -> None:
-    """Softmax attention is linear in the values, channel by channel; queries and keys are contracted."""
+    """Softmax attention is linear in the values, channel by channel; queries meet keys."""
     mode, out, values = op.mode, op.outputs[0], op.args[2]
     labels = mode.get(values)
     heads = [_of_heads(mode, t) for t in op.args[:3]]
@@ -95,10 +108,13 @@ def attention(op: Operation) -> None:
             whole = mode.unify(whole, other, op.name)
         mode.set(out, whole.expand(out.shape))
         return
-    op.refuse(
-        f"attention scores contract queries and keys over their channels: {NO_WEIGHTS}",
-        [t for t in op.inputs if t is not values or any(values is q for q in op.args[:2])],
-    )
+    queries, keys = op.args[:2]
+    masked = any(mode.get(t) is not None for t in op.inputs if not any(t is x for x in op.args[:3]))
+    if masked or not _paired(op, queries, keys, -1, root=op.arguments.get("scale") is None):
+        op.refuse(
+            f"attention scores contract queries and keys over their channels: {NO_WEIGHTS}",
+            [t for t in op.inputs if t is not values or values is queries or values is keys],
+        )
     if labels is None:
         return
     if mode.varying(labels)[-2]:

@@ -46,7 +46,8 @@ def split_neurons(
     """Split neurons of a network in place.
 
     Consumers' columns are multiplied by w_i, producers' rows are copied and displaced by δ_i, tensors of
-    channelwise layers are copied. Offspring stand next to their parent. All new tensors are computed
+    channelwise layers are copied. Keys are consumers of the queries that they meet. Offspring stand next to
+    their parent. All new tensors are computed
     before the first is put in; if anything fails the model is as it was.
 
     Args:
@@ -190,7 +191,7 @@ class Surgery:
         for (path, name), port in self._arch.ports.items():
             known[path].add(name)
             if bool((self._offspring.number[port.neuron] >= 0).any()):
-                growth[path][name] = grown_port(port, self._offspring)
+                growth[path][name] = grown_port(port, self._offspring, reads=port_kind(name) == "in")
         self._growth: dict[int, dict[Port, AxisGrowth]] = defaultdict(dict)
         self._layers: list[nn.Module] = []
         sites = _sites(self._model)
@@ -207,9 +208,9 @@ class Surgery:
                 found = self._grown(path, name, tensor, axes, mine)
                 if isinstance(tensor, nn.Parameter):
                     grown = {} if self._hollow else found.axes
-                    maps = {a: g.as_map(consumed=a in found.consumed) for a, g in grown.items()}
+                    maps = {a: g.as_map() for a, g in grown.items()}
                     new = as_parameter(found.new, tensor)
-                    found = Widened(new, found.axes, found.consumed)
+                    found = Widened(new, found.axes)
                     self.replaced[tensor] = Replacement(new, maps)
                 self._widened[path, name] = found
                 self._put += [(store, key, found.new) for store, key in sites[id(tensor)]]
@@ -227,12 +228,11 @@ class Surgery:
             if any(block.port in growth for block in blocks):
                 self._check_fit(path, name, tensor, axis, blocks)
                 grown[axis] = grown_axis(growth, blocks)
-        consumed = tuple(a for a in grown if port_kind(axes[a][0].port) == "in")
         if self._hollow:
             shape = [len(grown[d].index) if d in grown else size for d, size in enumerate(tensor.shape)]
             blank = tensor.detach().new_zeros(shape if is_written(tensor) else ())
-            return Widened(blank.expand(shape), grown, consumed)
-        return Widened(widened(tensor.detach(), grown, consumed), grown, consumed)
+            return Widened(blank.expand(shape), grown)
+        return Widened(widened(tensor.detach(), grown), grown)
 
     def _check_fit(self, path: str, name: str, tensor: Tensor, axis: int, blocks: Sequence[Block]) -> None:
         fits = sum(block.size * block.multiple for block in blocks) == tensor.shape[axis] and all(

@@ -110,6 +110,7 @@ class Tracer(Watcher):
         self.found.leaked.update(mode.leaked)
         self.found.adopted |= mode.guesses.adopted
         self.found.added |= mode.guesses.added
+        self.found.pairs += mode.pairs
         self.seen[train] = self._reading
 
     def _where(self) -> str:
@@ -315,6 +316,8 @@ class Tracer(Watcher):
                 self.found.table.tie(rows[:1].expand(rows.shape).flatten().numpy(), rows.flatten().numpy())
                 self.found.ports[key] = rows[0].clone()
             profile = self._made[key]
+            if loose_size(self.found.raw[path], port) is not None or self.found.rules[path].linear:
+                mode.lines.begin(x)
         shape = [1] * x.ndim
         shape[axis] = -1
         mode.set(x, profile.view(shape).expand(x.shape))

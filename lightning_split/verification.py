@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_split.architecture import Architecture
+from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.layers import Port
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import batch_size, fixed_statistics, tensors_in, undisturbed
@@ -124,6 +124,19 @@ def what_broke(
         compare_values: Whether any values count, or only sizes (a run with random dropout, say).
         ghosts: Whether the last offspring of each neuron has other values than the neuron.
     """
+    found = _differences(before, after, surgery, compare_outputs, compare_values, ghosts)
+    return next((why for why, far in found if not far <= 1), None)
+
+
+def _differences(
+    before: Readings,
+    after: Readings,
+    surgery: Surgery,
+    compare_outputs: bool,
+    compare_values: bool,
+    ghosts: bool,
+) -> Iterator[tuple[str, float]]:
+    """Place by place what is different, and how much: from 1 on it is more than rounding."""
     for key, read in before.calls.items():
         path, port, _ = key
         if not surgery.knows(path, port):
@@ -132,16 +145,19 @@ def what_broke(
         if new is None:
             if not compare_values:
                 continue  # layers that are dropped at random
-            return f"after growth '{path}' is no longer called"
+            yield f"after growth '{path}' is no longer called", math.inf
+            return
         index, size = surgery.layout(path, port), read.size
         if index is not None:  # a grouped convolution reads several copies of its port side by side
             tiles = torch.arange(read.size // surgery.port_size(path, port)) * surgery.port_size(path, port)
             size = len(tiles) * len(index)
         if new.size != size:
-            return (
+            what = (
                 f"after growth '{path}' would read {new.size} channels instead of {size} (does the "
                 "forward pass hard-code a size?)"
             )
+            yield what, math.inf
+            return
         if not compare_values or read.values is None or new.values is None:
             continue
         old, now = read.values, new.values
@@ -151,24 +167,24 @@ def what_broke(
             if ghosts:
                 alive = surgery.alive(path, port).repeat(len(tiles)).to(place.device)
                 old, now = (old[0][alive], old[1][alive]), (now[0][alive], now[1][alive])
-        if not _agree(old, now):
-            return f"after growth '{path}' would no longer read the same values in the same places"
+        what = f"after growth '{path}' would no longer read the same values in the same places"
+        yield what, _distance(old, now)
     if before.shapes != after.shapes:
-        return "after growth the output has another shape"
-    if compare_outputs and compare_values:
+        yield "after growth the output has another shape", math.inf
+    elif compare_outputs and compare_values:
         for was, now_is in zip(before.outputs, after.outputs, strict=True):
-            if was.values and now_is.values and not _agree(was.values, now_is.values):
-                return "after growth the output has other values"
-    return None
+            if was.values and now_is.values:
+                yield "after growth the output has other values", _distance(was.values, now_is.values)
 
 
-def _agree(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> bool:
-    """Equal up to the rounding that another order of summation brings."""
+def _distance(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> float:
+    """The largest difference, in units of the rounding that another order of summation brings."""
     tolerance = 1e-7 if old[0].dtype == torch.float64 else 2e-3
     scale = old[1].max().clamp_min(torch.finfo(old[1].dtype).tiny)
     if not bool(torch.isfinite(scale)):
-        return True  # the network was broken before; nothing can be told
-    return all(bool(((a - b).abs() <= tolerance * scale).all()) for a, b in zip(old, new, strict=True))
+        return 0.0  # the network was broken before; nothing can be told
+    far = torch.stack([(a - b).abs().max() for a, b in zip(old, new, strict=True)]).max()
+    return float(far / (tolerance * scale))
 
 
 def verified_sizes(
@@ -224,6 +240,7 @@ def verified_values(
     if trial is None:
         return _sizes_only(arch, "the model does not run on the example in eval mode")
     trial.compare_outputs = compare_outputs
+    arch = _scaled(model, arch, trial)
     for portion in portions(model, arch, macs):
         arch = _without_culprits(model, arch, trial, one_of_each(model, portion))
     if _is_small(arch):
@@ -233,6 +250,8 @@ def verified_values(
 
 
 def _sizes_only(arch: Architecture, why: str) -> Architecture:
+    reason = f"how their products are scaled shows in values only, which were not compared, as {why}"
+    arch = arch.without({g.name: reason for g in arch.groups if g.paired})
     note = f"The trial splits compared sizes only, as {why}; each growth compares values on its first batch."
     return replace(arch, note=f"{arch.note} {note}".strip())
 
@@ -271,6 +290,28 @@ def _without_culprits(
     return arch.without(reasons) if reasons else arch
 
 
+def _scaled(model: nn.Module, arch: Architecture, trial: _Trial) -> Architecture:
+    """The architecture with what the sums over paired neurons are divided by, as the code has it.
+
+    The nearest of three powers of the width shows where a group is twice as wide, and holds for all groups in
+    modules of the same classes.
+    """
+    kinds: dict[Any, list[ChannelGroup]] = defaultdict(list)
+    for group in arch.groups:
+        if group.paired:
+            reader = group.consumers[-1]
+            around = model.get_submodule(reader.rpartition(".")[0])
+            kinds[type(around), type(model.get_submodule(reader))].append(group)
+    for groups in kinds.values():
+        first, names = groups[0], [group.name for group in groups]
+        still = torch.zeros(()).expand(2, first.dim)
+        wide = [Split(first.name, i, (2.0, -1.0), still) for i in range(first.width)]
+        powers = {p: arch.scaled(names, p) for p in (0.0, 0.5, 1.0)}
+        far = {p: trial.distance(Surgery(model, wide, scaled)) for p, scaled in powers.items()}
+        arch = powers[min(far, key=far.__getitem__)]
+    return arch
+
+
 @dataclass
 class _Trial:
     """One way to run the model, and what its layers read before any split."""
@@ -286,23 +327,36 @@ class _Trial:
 
     def broken_by(self, surgery: Surgery) -> str | None:
         """Why these splits cannot be, or ``None`` if they can."""
-        surgery.apply()
         try:
-            if self.values:
-                surgery.displace()
-            after = _pass(self.model, self.run, self.example, self.train, self.graph, self.values)
+            after = self._after(surgery)
         except Exception as error:
             # The user's forward pass failed at the new width; whatever it raised is the reason.
             first = str(error).strip().splitlines() or [type(error).__name__]
             return f"after growth the forward pass fails: {first[0]}"
-        finally:
-            surgery.revert()
         return what_broke(
             *(self.expected, after, surgery),
             compare_outputs=self.compare_outputs,
             compare_values=self.values,
             ghosts=True,
         )
+
+    def distance(self, surgery: Surgery) -> float:
+        """How far these splits, which have no ghosts, are from changing nothing."""
+        try:
+            after = self._after(surgery)
+        except Exception:
+            return math.inf
+        found = _differences(self.expected, after, surgery, self.compare_outputs, self.values, ghosts=False)
+        return max((far for _, far in found), default=0.0)
+
+    def _after(self, surgery: Surgery) -> Readings:
+        surgery.apply()
+        try:
+            if self.values:
+                surgery.displace()
+            return _pass(self.model, self.run, self.example, self.train, self.graph, self.values)
+        finally:
+            surgery.revert()
 
 
 def _value_trial(model: nn.Module, run: Run, example: Any) -> _Trial | None:

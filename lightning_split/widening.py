@@ -44,14 +44,22 @@ class AxisGrowth:
     """The new layout of one port, or of one axis of a tensor."""
 
     index: Tensor  # (new,) old position
-    factor: Tensor  # (new,) offspring weight w_i, 1 where nothing was split
+    weight: Tensor  # (new,) offspring weight w_i, 1 where nothing was split
     split: Tensor  # (new,) number of the split that made the entry, -1 where nothing was split
     ordinal: Tensor  # (new,) which of its offspring
+    reads: Tensor  # (new,) whether it is an outgoing weight, which is multiplied by w_i
+    lift: Tensor  # (new,) what outgoing weights are multiplied by besides, 1 elsewhere
 
-    def as_map(self, *, consumed: bool) -> AxisMap:
+    @property
+    def factor(self) -> Tensor:
+        """``(new,)``, what the entries are multiplied by."""
+        return torch.where(self.reads, self.weight, 1.0) * self.lift
+
+    def as_map(self) -> AxisMap:
         """Index and scale; on the side that reads, gradients are those of the parent, unless it has none."""
-        new = (self.split >= 0) & (self.factor == 0)
-        return AxisMap(self.index, torch.where(new, 0.0, 1.0).double() if consumed else self.factor)
+        fresh = (self.split >= 0) & (self.weight == 0)
+        reading = torch.where(fresh, 0.0, 1 / self.lift)
+        return AxisMap(self.index, torch.where(self.reads, reading, self.weight))
 
     @property
     def originals(self) -> Tensor:
@@ -59,9 +67,15 @@ class AxisGrowth:
         return (self.ordinal == 0).nonzero().flatten()[self.index[self.ordinal == 0].argsort()]
 
 
-def grown_port(port: PortMap, offspring: Offspring) -> AxisGrowth:
-    """New layout of one port: each run of a split neuron is repeated as a block per offspring."""
-    neuron, run = port
+def grown_port(port: PortMap, offspring: Offspring, *, reads: bool = False) -> AxisGrowth:
+    """New layout of one port: each run of a split neuron is repeated as a block per offspring.
+
+    Args:
+        port: What lies on it.
+        offspring: What becomes of it.
+        reads: Whether all its entries are outgoing weights.
+    """
+    neuron, run = port.neuron, port.run
     starts = np.flatnonzero(np.r_[True, (neuron[1:] != neuron[:-1]) | (run[1:] != run[:-1])])
     lengths = np.diff(np.r_[starts, len(neuron)])
     number = offspring.number[neuron[starts]]
@@ -74,7 +88,11 @@ def grown_port(port: PortMap, offspring: Offspring) -> AxisGrowth:
     split = number[block]
     weights = np.where(split >= 0, offspring.weights[offspring.first[split] + ordinal], 1.0)
     parts = (np.repeat(part, length) for part in (weights, split, ordinal))
-    return AxisGrowth(torch.from_numpy(index), *map(torch.from_numpy, parts))
+    outgoing, lift = np.full(len(index), reads), np.ones(len(index))
+    if port.reads is not None:
+        outgoing = port.reads[index]
+        lift[outgoing] = (outgoing.sum() / port.reads.sum()) ** port.power
+    return AxisGrowth(torch.from_numpy(index), *map(torch.from_numpy, (*parts, outgoing, lift)))
 
 
 def grown_axis(growth: Mapping[str, AxisGrowth], blocks: Sequence[Block]) -> AxisGrowth:
@@ -90,15 +108,13 @@ def grown_axis(growth: Mapping[str, AxisGrowth], blocks: Sequence[Block]) -> Axi
 def _stretched(growth: AxisGrowth | None, block: Block) -> AxisGrowth:
     """The growth of a port, entry by entry of the block of a tensor's axis that belongs to it."""
     if growth is None:
-        index = torch.arange(block.size)
-        growth = AxisGrowth(
-            index, torch.ones(block.size, dtype=torch.float64), torch.full_like(index, -1), index * 0
-        )
+        index, ones = torch.arange(block.size), torch.ones(block.size, dtype=torch.float64)
+        growth = AxisGrowth(index, ones, torch.full_like(index, -1), index * 0, ones == 0, ones)
     m = block.multiple
     if m == 1 and block.start == 0:
         return growth
     index = block.start + (growth.index[:, None] * m + torch.arange(m)).flatten()
-    rest = (t.repeat_interleave(m) for t in (growth.factor, growth.split, growth.ordinal))
+    rest = (getattr(growth, f.name).repeat_interleave(m) for f in dataclasses.fields(AxisGrowth)[1:])
     return AxisGrowth(index, *rest)
 
 
@@ -108,11 +124,12 @@ def _count(lengths: Index) -> Index:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
-def widened(tensor: Tensor, axes: Mapping[int, AxisGrowth], consumed: Sequence[int]) -> Tensor:
-    """The tensor with entries repeated along several axes, and multiplied by w_i along those consumed."""
+def widened(tensor: Tensor, axes: Mapping[int, AxisGrowth]) -> Tensor:
+    """The tensor with entries repeated along several axes, and multiplied by w_i where they are outgoing."""
     new = _selected(tensor, {axis: g.index for axis, g in axes.items()})
-    for axis in consumed:
-        scale_(new, axes[axis].factor, axis)
+    for axis, growth in axes.items():
+        if bool(growth.reads.any()):
+            scale_(new, growth.factor, axis)
     return _same_format(new, tensor)
 
 

@@ -107,7 +107,7 @@ class Grouped(nn.Module):
 
 
 class Attention(nn.Module):
-    """Hand-written attention with two heads: values and a gated feed-forward layer can be split."""
+    """Hand-written attention with two heads: queries, values and a gated feed-forward layer can be split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ CASES: dict[str, Case] = {
     "attention": Case(
         Attention,
         lambda: torch.randn(8, 5, 4),
-        {"v": (("v",), (), ("join",)), "up": (("up",), (), ("down",))},
+        {"q": (("q",), (), ("k",)), "v": (("v",), (), ("join",)), "up": (("up",), (), ("down",))},
     ),
     "shared": Case(Shared, lambda: torch.randn(16, 3), {"first": (("first", "again"), (), ("again", "out"))}),
     "text": Case(

@@ -232,6 +232,7 @@ class Case(NamedTuple):
 RO = ("r", "o")
 ENCODED = {
     "a.layers.0.self_attn": (2 * 7, ("a.layers.0.self_attn.out_proj",)),
+    "a.layers.0.self_attn#2": (2 * 7, ("a.layers.0.self_attn",)),
     "a.layers.0.linear1": (7, ("a.layers.0.linear2",)),
 }
 CASES: dict[str, Case] = {
@@ -306,7 +307,7 @@ CASES: dict[str, Case] = {
             o=nn.Linear(6, 2),
         ),
         (2, 3, 3),
-        {"i": (4, ("a",)), "a": (2 * 7, ("a.out_proj",)), "a.out_proj": (7, ("o",))},
+        {"i": (4, ("a",)), "a": (2 * 7, ("a.out_proj",)), "a#2": (2 * 7, ("a",)), "a.out_proj": (7, ("o",))},
     ),
     "attention of other widths": Case(
         lambda: Block(
@@ -319,6 +320,7 @@ CASES: dict[str, Case] = {
         {
             **dict.fromkeys("qkv", (4, ("a",))),
             "a": (2 * 4, ("a.out_proj",)),
+            "a#2": (2 * 6, ("a",)),
             "a.out_proj": (6, ("o",)),
         },
     ),
@@ -338,7 +340,9 @@ CASES: dict[str, Case] = {
         (3, 2, 6),
         {
             "a.self_attn": (14, ("a.self_attn.out_proj",)),
+            "a.self_attn#2": (14, ("a.self_attn",)),
             "a.multihead_attn": (14, ("a.multihead_attn.out_proj",)),
+            "a.multihead_attn#2": (14, ("a.multihead_attn",)),
             "a.linear1": (7, ("a.linear2",)),
         },
     ),
@@ -556,8 +560,10 @@ def test_grown_layers_print_their_new_size() -> None:
     assert repr(wide.r) == f"LSTMCell(3, {wide.r.weight_hh.shape[1]})"
     _, wide, _ = grown("attention")
     values = wide.a.out_proj.in_features
+    queries = (len(wide.a.in_proj_weight) - values) // 2
     assert isinstance(wide.a, nn.MultiheadAttention)
-    assert f"WideMultiheadAttention(\n  num_heads=2, query_width=6, value_width={values}\n" in repr(wide.a)
+    shown = f"WideMultiheadAttention(\n  num_heads=2, query_width={queries}, value_width={values}\n"
+    assert shown in repr(wide.a)
     _, wide, _ = grown("bilinear")
     assert f"in1_features={wide.i.out_features}, in2_features={wide.j.out_features}" in repr(wide.b)
 
@@ -670,9 +676,14 @@ def test_a_state_as_wide_as_other_neurons_ties_the_cell_to_them() -> None:
     assert assert_splits_exactly(model, x).group("i").producers == ("i", "c")
 
 
-def test_queries_and_keys_are_listed_with_the_reason() -> None:
-    """They are ports, but the scores contract them."""
+def test_keys_are_what_reads_queries() -> None:
+    """One group: rows of queries make its neurons, rows of keys are their outgoing weights."""
     model, x = network("attention")
-    why = {u.name: u.reason for u in trace(model, x).unsplittable}
-    assert "contracts" in why["a#2"]
-    assert "contracts" in why["a#3"]
+    group = trace(model, x).group("a#2")
+    assert (group.width, group.producers, group.consumers, group.paired) == (3, ("a",), ("a",), True)
+    rows = {
+        part: [(b.tensor, b.rows.tolist()) for b in getattr(group, part)] for part in ("theta", "outgoing")
+    }
+    queries, keys = [[0, 3], [1, 4], [2, 5]], [[6, 9], [7, 10], [8, 11]]
+    assert rows["theta"] == [("in_proj_weight", queries), ("in_proj_bias", queries)]
+    assert rows["outgoing"] == [("in_proj_weight", keys), ("in_proj_bias", keys)]

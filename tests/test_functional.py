@@ -250,7 +250,7 @@ def test_ten_growths_of_raw_matrices_stay_exact() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_attention_of_raw_matrices_grows_in_its_values() -> None:
+def test_attention_of_raw_matrices_grows_in_its_values_and_queries() -> None:
     """Weights of several heads in one tensor, read over heads and channels at once."""
 
     def fwd(m: nn.Module, x: Tensor) -> Tensor:
@@ -262,8 +262,10 @@ def test_attention_of_raw_matrices_grows_in_its_values() -> None:
     model = net(fwd, **parts, wo=nn.Parameter(torch.randn(2, 4, 5)), out=lin(5, 2))
     x, loss = torch.randn(3, 6, 3), loss_of(torch.zeros(3, 6, 2))
     arch = trace(model, x)
-    assert sorted(arch.widths.values()) == [4, 5]
-    values = next(g for g in arch.groups if g.width == 4)
+    assert sorted(arch.widths.values()) == [4, 4, 5]
+    (queries,) = (g for g in arch.groups if g.paired)
+    assert ({b.tensor for b in queries.theta}, {b.tensor for b in queries.outgoing}) == ({"wq"}, {"wk"})
+    (values,) = (g for g in arch.groups if g.width == 4 and not g.paired)
     assert (values.dim, {block.tensor for block in values.outgoing}) == (2 * 3, {"wo"})
     # linear in the values up to the next reader: the cut is where the values are read
     assert not SplittingOperator(model, arch, [x], loss).dense(values).any()

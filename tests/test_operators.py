@@ -13,7 +13,7 @@ from lightning_split import trace
 from lightning_split.tracing import trace_step
 from torch import Tensor, nn
 
-from exactness import assert_splits_exactly, randomise
+from exactness import assert_splits_exactly, deviation, randomise
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -464,3 +464,37 @@ def test_a_loss_of_hidden_values_bounds_what_grows() -> None:
 
     arch = trace_step(model, x, loss)
     assert "mse_loss sums over the neurons" in {u.name: u.reason for u in arch.unsplittable}["hidden"]
+
+
+def test_the_width_of_a_half_says_how_long_channels_stay_in_it() -> None:
+    """Why the streams of ShuffleNet's longer stages are left alone (docs, limitations), block by block."""
+    for half in range(1, 40):
+        stream = torch.arange(half)
+        for block in range(1, 7):
+            fresh = torch.full((half,), -1)  # what the block's convolutions make
+            stream = F.channel_shuffle(torch.cat([stream, fresh])[None, :, None, None], 2).flatten()[:half]
+            assert stream[stream >= 0].tolist() == list(range(-(-half // 2**block)))
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+@pytest.mark.parametrize("half", [4, 6, 8, 12])
+def test_streams_of_shuffled_blocks_grow_if_they_consist_of_bundles(half: int, blocks: int) -> None:
+    """If two to the number of blocks less one divides the half; splits are exact then."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ends = nn.ModuleList(nn.Conv2d(3, half, 1) for _ in range(2))
+            self.blocks = nn.ModuleList(nn.Conv2d(half, half, 1) for _ in range(blocks - 1))
+            self.out = nn.Conv2d(2 * half, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.channel_shuffle(torch.cat([end(x) for end in self.ends], 1), 2)
+            for block in self.blocks:
+                one, two = x.chunk(2, 1)
+                x = F.channel_shuffle(torch.cat([one, torch.tanh(block(two))], 1), 2)
+            return self.out(x)
+
+    model, x = Stage(), torch.randn(2, 3, 2, 2)
+    assert bool(trace(model, x).groups) == (half % 2 ** (blocks - 1) == 0)
+    assert deviation(model, x, 0) < 1e-12

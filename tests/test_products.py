@@ -13,8 +13,8 @@ from lightning_split import (
     Activations,
     Energy,
     KnapsackEnergy,
+    RandomSplit,
     SelectionStrategy,
-    SteepestSplitting,
     grow,
     split_neurons,
     trace,
@@ -230,7 +230,7 @@ def test_macs_of_products_are_those_that_torch_counts(name: str) -> None:
     """Before and after a growth of all groups at once, so that products meet products: to the last MAC."""
     model, x, loss = problem(name)
     before = macs_of(model, x)
-    report = grow(model, [x], loss, grower=SteepestSplitting(max_offspring=4), strategy=Some())
+    report = grow(model, [x], loss, grower=RandomSplit(), strategy=Some())
     assert {s.group for s in report.splits} == set(report.widths_before)
     after = macs_of(model, x)
     assert (report.cost_before.macs, report.cost_after.macs) == (before, after)
@@ -256,7 +256,10 @@ def test_values_grow_under_dropout_of_the_scores(train: bool) -> None:
     """Random numbers for each pair of positions are none for each neuron: torch's Transformer layers."""
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.5, batch_first=True)
     model = nn.Sequential(nn.Linear(3, 8), layer, nn.Linear(8, 2)).train(train)
-    assert trace(model, torch.randn(3, 5, 3)).widths == {"1.self_attn": 4, "1.linear1": 12}
+    assert trace(model, torch.randn(3, 5, 3)).widths == {
+        **dict.fromkeys(("1.self_attn", "1.self_attn#2"), 4),
+        "1.linear1": 12,
+    }
 
 
 def test_a_recurrent_unit_counts_its_own_weight_to_itself() -> None:

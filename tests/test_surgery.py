@@ -208,6 +208,11 @@ def test_outgoing_and_channelwise_weights_of_a_new_neuron_land_where_they_belong
     case = CASES[name]
     model, x = randomised(case.model()), case.inputs()
     arch, splits, old, new = trace(model, x), [], {}, {}
+    lifted = {  # keys, where scores are divided by the root of the width
+        model.get_submodule(b.module).get_parameter(b.tensor): (1 + 1 / group.width) ** 0.5
+        for group in arch.groups
+        for b in (group.outgoing if group.paired else ())
+    }
     parts = ("incoming", "through", "outgoing")
     for group in arch.groups:
         neuron = group.width // 2
@@ -224,8 +229,10 @@ def test_outgoing_and_channelwise_weights_of_a_new_neuron_land_where_they_belong
         found = surgery.places.gather(part, 1, surgery.places.grown(part))
         kept = surgery.places.gather(part, 0, surgery.places.grown(part))
         for group in arch.groups:
-            torch.testing.assert_close(found[group.name][0], new[group.name, part])
-            torch.testing.assert_close(kept[group.name][0], old[group.name, part][group.width // 2])
+            # Gradients of keys are those of what they are multiplied by, where scores are divided by a root.
+            lift = (1 + 1 / group.width) if group.paired and part == "outgoing" else 1.0
+            torch.testing.assert_close(found[group.name][0], lift * new[group.name, part])
+            torch.testing.assert_close(kept[group.name][0], lift * old[group.name, part][group.width // 2])
         # scatter is the transpose of gather
         u = {n: torch.randn_like(v) for n, v in found.items()}
         tensors = {key: torch.randn_like(t) for key, t in surgery.places.grown(part).items()}
@@ -235,8 +242,9 @@ def test_outgoing_and_channelwise_weights_of_a_new_neuron_land_where_they_belong
     for old_tensor, found in surgery.replaced.items():
         for axis, grew in found.maps.items():
             assert len(grew.index) == found.new.shape[axis]
-            assert set(grew.scale.tolist()) == {0.0, 1.0}
-            assert int((grew.scale == 1).sum()) == old_tensor.shape[axis]
+            whole = next((1 / lift for key, lift in lifted.items() if old_tensor is key and axis == 0), 1.0)
+            assert sorted(set(grew.scale.tolist())) == [0.0, pytest.approx(whole)]
+            assert int((grew.scale > 0).sum()) == old_tensor.shape[axis]
 
 
 def test_outgoing_weights_are_the_same_for_all_offspring_of_a_reader() -> None:

@@ -382,9 +382,12 @@ def test_the_table_says_once_what_is_the_same() -> None:
     assert [cell.strip() for cell in mlp.split("|")] == [
         *("0.layers.1.linear1", "6", "5", "-", "-", "…linear2", "9", "24"),
     ]
-    (scores,) = [row for row in text.splitlines() if row.startswith("0.layers.*.self_attn#")]
-    assert [cell.strip() for cell in scores.split("|")] == [
-        *("0.layers.*.self_attn#*", "6 x 2"),
-        "a product of activations contracts the neurons: no weights read them that offspring could share",
+    (keys,) = [row for row in text.splitlines() if row.startswith("0.layers.1.self_attn#2")]
+    assert [cell.strip() for cell in keys.split("|")] == [
+        *("0.layers.1.self_attn#2", "2", "10", "-", "-", "…self_attn", "20", "66"),
     ]
-    assert sum(u.width for u in arch.unsplittable if "#" in u.name) == 12
+    (stream,) = [row for row in text.splitlines() if row.startswith("0.layers.*.linear2")]
+    assert [cell.strip() for cell in stream.split("|")] == [
+        *("0.layers.*.linear2", "3 x 4"),
+        "add meets values that extend along the neurons but belong to none",
+    ]

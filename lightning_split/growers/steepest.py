@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_split.context import GrowthContext
 from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
-from lightning_split.growers.base import Draft, PredictingGrower
+from lightning_split.growers.base import Draft, NotApplicableError, PredictingGrower
 from lightning_split.growers.confirming import Differences, Measure, Quotients
 from lightning_split.growers.schemes import Scheme, schemes
 from lightning_split.selection import Candidate
@@ -51,12 +51,23 @@ class SteepestSplitting(PredictingGrower):
         if not 1 <= self.c < float("inf"):
             raise ValueError(f"c bounds the sum of absolute offspring weights: at least 1, got {self.c}.")
 
+    def check(self, context: GrowthContext) -> None:
+        """Refuse a network in which all splitting matrices are zero; see :meth:`Grower.check`."""
+        if not context.arch.curved.groups:
+            raise NotApplicableError(
+                "All neurons that can be split meet others in sums of products (queries and keys, say). They "
+                "are linear in their incoming weights, so their splitting matrices are zero; new neurons can "
+                "still gain (GradMax, NewNeurons)."
+            )
+
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """One candidate per neuron, or per neuron and scheme; see :meth:`PredictingGrower.draft`.
 
         Cost: the solver's products on the estimation batches, and about three training steps on each fresh
         one that is drawn.
         """
+        self.check(context)
+        context = replace(context, arch=context.arch.curved)
         ranks = context.ranks
         operator = context.operator(context.batches)
         double = operator.dtype == torch.float64

@@ -15,6 +15,7 @@ __all__: list[str] = []
 
 class _Linear(LayerRule):
     role = "mixer"
+    linear = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}
@@ -37,6 +38,7 @@ class _TransposedLinear(LayerRule):
     """The linear layer of GPT-2: a weight of shape (inputs, outputs)."""
 
     role = "mixer"
+    linear = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}
@@ -52,6 +54,7 @@ class _Embedding(LayerRule):
     """Each embedding dimension is a neuron whose incoming weights are one entry per token."""
 
     role = "mixer"
+    linear = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {1: "out"}}
@@ -78,6 +81,7 @@ class _Bilinear(LayerRule):
     """``nn.Bilinear``: linear in the neurons of each of its two inputs."""
 
     role = "mixer"
+    linear = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in:first", 2: "in:second"}, "bias": {0: "out"}}

@@ -22,11 +22,12 @@ Axes = dict[str, dict[int, AxisPorts]]
 
 
 class WideMultiheadAttention(nn.MultiheadAttention):
-    """The class of an ``nn.MultiheadAttention`` whose values or inputs have another width than ``embed_dim``.
+    """The class of an ``nn.MultiheadAttention`` that has other widths than ``embed_dim`` inside.
 
     Surgery puts it in the place of the class; nobody makes instances of it. Names of parameters are the same.
-    ``embed_dim`` remains the width of queries and keys. ``_qkv_same_embed_dim`` is false, which keeps the
-    inference kernels of Transformer layers away, as they know one width only.
+    Scores stay divided by the root of the width that heads have had, which ``embed_dim`` tells.
+    ``_qkv_same_embed_dim`` is false, which keeps the inference kernels of Transformer layers away, as they
+    know one width only.
     """
 
     def forward(
@@ -53,15 +54,17 @@ class WideMultiheadAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """Widths that the child's line does not show."""
-        return f"num_heads={self.num_heads}, query_width={self.embed_dim}, value_width={_value_width(self)}"
+        return (
+            f"num_heads={self.num_heads}, query_width={_query_width(self)}, value_width={_value_width(self)}"
+        )
 
 
 class _AttentionRule(LayerRule):
     """``nn.MultiheadAttention``: a neuron is one channel of every head."""
 
     role = "mixer"
+    linear = True
     attends = True
-    rigid = frozenset({"out:query", "out:key"})
 
     def axes(self, layer: nn.Module) -> Axes:
         assert isinstance(layer, nn.MultiheadAttention)
@@ -76,11 +79,16 @@ class _AttentionRule(LayerRule):
 
     def port_size(self, layer: nn.Module, port: Port) -> int | None:
         assert isinstance(layer, nn.MultiheadAttention)
-        if port in self.rigid:
-            return int(layer.embed_dim) // int(layer.num_heads)
+        if port in ("out:query", "out:key"):
+            return _query_width(layer) // int(layer.num_heads)
         if port == "out":
             return _value_width(layer) // int(layer.num_heads)
         return super().port_size(layer, port)
+
+    def told(self, layer: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Mapping[Port, int]:
+        assert isinstance(layer, nn.MultiheadAttention)
+        projected = shapes.get("out_proj.weight")  # one tensor holds the rows of all three
+        return {} if projected is None else {"out": projected[1] // int(layer.num_heads)}
 
     def resize(self, layer: nn.Module, sizes: Mapping[Port, int]) -> None:
         assert isinstance(layer, nn.MultiheadAttention)
@@ -88,7 +96,8 @@ class _AttentionRule(LayerRule):
         query, layer.kdim, layer.vdim = (
             sizes["in" if packed else f"in:{name}"] for name in ("query", "key", "value")
         )
-        wide = not layer.embed_dim == query == sizes["out"] * layer.num_heads
+        inside = {sizes[port] * layer.num_heads for port in ("out:query", "out:key", "out")}
+        wide = {layer.embed_dim, query} | inside != {layer.embed_dim}
         layer._qkv_same_embed_dim = packed and not wide
         layer.__class__ = WideMultiheadAttention if wide else nn.MultiheadAttention
 
@@ -111,7 +120,13 @@ class _AttentionRule(LayerRule):
 def _value_width(layer: nn.MultiheadAttention) -> int:
     if layer.in_proj_weight is None:
         return len(layer.v_proj_weight)
-    return len(layer.in_proj_weight) - 2 * int(layer.embed_dim)
+    return int(layer.out_proj.weight.shape[1])
+
+
+def _query_width(layer: nn.MultiheadAttention) -> int:
+    if layer.in_proj_weight is None:
+        return len(layer.q_proj_weight)
+    return (len(layer.in_proj_weight) - _value_width(layer)) // 2
 
 
 def _attend(
@@ -151,11 +166,12 @@ def _attend(
     q, k, v = _projected(layer, marks, inputs)
     mask = _mask(layer, q, k, attn_mask, key_padding_mask, is_causal and not need_weights)
     dropout = layer.dropout if layer.training else 0.0
+    scale = (int(layer.embed_dim) // int(layer.num_heads)) ** -0.5
     weights = None
     if marks is None and not need_weights:
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     else:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = (q * scale) @ k.transpose(-2, -1)
         scores = scores if mask is None else scores + mask
         # Where nothing may be seen, the fused kernels give zero, and softmax gives NaN.
         weights = F.softmax(scores, -1) if need_weights else torch._safe_softmax(scores, -1)
@@ -174,7 +190,7 @@ def _attend(
 
 def _projected(layer: nn.MultiheadAttention, marks: Marks | None, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Queries, keys and values, ``(samples, heads, positions, channels)``."""
-    widths = [layer.embed_dim, layer.embed_dim, _value_width(layer)]
+    widths = [_query_width(layer), _query_width(layer), _value_width(layer)]
     if layer.in_proj_weight is None:
         weights: Sequence[Tensor] = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     else:

@@ -16,6 +16,7 @@ __all__: list[str] = []
 
 class _Conv(LayerRule):
     role = "mixer"
+    linear = True
 
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
         return {"weight": {0: "out", 1: "in"}, "bias": {0: "out"}}

@@ -70,8 +70,8 @@ class LayerRule(ABC):
     role: ClassVar[Literal["mixer", "channelwise"]]
     trusted: ClassVar[bool] = True  # whether the layer uses its own tensors only as the rule says
     normalises: ClassVar[bool] = False  # whether a neuron's scale makes no difference behind the layer
+    linear: ClassVar[bool] = False  # whether the neurons a mixer makes are linear in their incoming weights
     attends: ClassVar[bool] = False  # whether it multiplies activations with each other, of several lengths
-    rigid: ClassVar[frozenset[Port]] = frozenset()  # ports whose neurons are always as many
 
     @abstractmethod
     def axes(self, layer: nn.Module) -> Mapping[str, Mapping[int, AxisPorts]]:
@@ -119,6 +119,15 @@ class LayerRule(ABC):
                 if tensor is not None and {port} == {*several(ports)}:
                     return int(tensor.shape[axis]) // len(several(ports))
         return None
+
+    def told(self, layer: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Mapping[Port, int]:
+        """Sizes of ports in a saved layer that its own tensors do not tell.
+
+        Args:
+            layer: The layer, at any width.
+            shapes: Of the saved tensors of the layer and of those inside it, by name.
+        """
+        return {}
 
     def tiles(self, layer: nn.Module) -> int:
         """Number of equal groups into which a mixer cuts its channels; a neuron is one channel of each.

@@ -84,10 +84,11 @@ class Followed(LayerRule):
         self._rule = rule
         vars(self)["role"] = rule.role
         vars(self)["normalises"] = rule.normalises
+        vars(self)["linear"] = rule.linear
         vars(self)["attends"] = rule.attends
         for name in (
             *("resize", "port_size", "tiles", "block", "neuron_axis", "refusal", "positions"),
-            *("fresh", "statistics"),
+            *("fresh", "statistics", "told"),
         ):
             setattr(self, name, getattr(rule, name))
 

@@ -1,0 +1,109 @@
+r"""Products of activations that are summed over neurons, as queries meet keys in the scores of attention.
+
+A score :math:`s = \sum_i q_i k_i` is linear in each key, and each key in the weights that make it. So those
+are the outgoing weights of the query beside it: the rows of offspring j's key are those of :math:`k_i` times
+:math:`w_j`. The splitting matrix of a neuron that is linear in its incoming weights is zero; what more
+queries and keys would gain, new neurons find. (To displace both, by a and b, adds
+:math:`\langle a, x\rangle\langle b, y\rangle` to the score, which is what a new pair does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_split.neurons import Ids, NeuronTable
+
+__all__ = ["Lines", "Pair", "Weighing", "weighing"]
+
+
+class Pair(NamedTuple):
+    """Two factors whose products are summed over an axis along which neurons lie."""
+
+    left: Ids  # labels along the axis
+    right: Ids
+    root: bool  # whether the sum is divided by the root of the axis' length
+    why: str  # why its neurons are left alone, if they must be
+
+
+class Lines:
+    """Which tensors are still linear in the weights that made their neurons."""
+
+    def __init__(self) -> None:
+        self._straight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def begin(self, tensor: Tensor) -> None:
+        """A layer has made these neurons, as a linear function of its weights."""
+        self._straight[tensor] = True
+
+    def straight(self, tensor: Tensor) -> bool:
+        """Whether it is one."""
+        return tensor in self._straight
+
+    def follow(self, name: str, neurons: Sequence[Tensor], first: object, outputs: Iterable[Tensor]) -> None:
+        """An operator has computed something of neurons.
+
+        Args:
+            name: The operator.
+            neurons: Its inputs that carry neurons.
+            first: Its first argument.
+            outputs: What it returned.
+        """
+        name = name.removesuffix("_")
+        scaled = len(neurons) == 1 and (name == "mul" or (name == "div" and first is neurons[0]))
+        straight = (scaled or name in _LINEAR) and all(map(self.straight, neurons))
+        for t in outputs:
+            if straight:
+                self._straight[t] = True
+            else:
+                self._straight.pop(t, None)
+
+
+_LINEAR = {
+    *("add", "sub", "rsub", "neg", "sum", "mean", "clone", "_to_copy", "contiguous", "detach", "alias"),
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "movedim", "expand"),
+    *("squeeze", "unsqueeze", "slice", "select", "unbind", "split", "split_with_sizes", "cat", "stack"),
+    *("unsafe_split", "unsafe_split_with_sizes", "index", "index_select", "gather", "repeat", "flip", "roll"),
+    *("constant_pad_nd", "native_dropout", "view_as", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d"),
+}
+
+
+class Weighing(NamedTuple):
+    """Rows of producers that are outgoing weights."""
+
+    ids: Ids  # of the blocks that such rows make
+    rooted: npt.NDArray[np.bool_]  # for each, whether the sum is divided by the root of the length
+
+    def reads(self, blocks: Ids) -> npt.NDArray[np.bool_] | None:
+        """Which of these blocks they make; ``None`` if none."""
+        found = np.isin(blocks, self.ids)
+        return found if found.any() else None
+
+    def power(self, blocks: Ids) -> float:
+        """To which power of the length the sum is divided."""
+        return 0.5 if self.rooted[np.isin(self.ids, blocks)].any() else 0.0
+
+
+def weighing(pairs: Sequence[Pair], table: NeuronTable, read: Ids) -> Weighing:
+    """Choose the factor of each product whose rows are outgoing weights; nobody else may read it.
+
+    Args:
+        pairs: The products.
+        table: Bars the neurons of products in which both factors are read elsewhere too.
+        read: Labels that layers read.
+    """
+    readers = table.origins(read) if pairs else read
+    chosen: dict[int, bool] = {}
+    for pair in pairs:
+        for blocks in map(table.origins, (pair.right, pair.left)):
+            if not np.isin(blocks, readers).any():
+                chosen.update(dict.fromkeys(blocks.tolist(), pair.root))
+                break
+        else:
+            table.bar([*pair.left.tolist(), *pair.right.tolist()], pair.why)
+    return Weighing(np.array(list(chosen), dtype=np.int64), np.array(list(chosen.values()), dtype=bool))
