@@ -26,7 +26,7 @@ class PortMap(NamedTuple):
     neuron: Index  # (size,) id of the neuron at each position, -1 where nothing can grow
     run: Index  # (size,) neighbouring positions of equal run move as one block
     reads: Mask | None = None  # (size,) rows that are outgoing weights: of a key, which its query meets
-    power: float = 0.0  # such rows are multiplied by the growth of their number to this power
+    power: float | None = None  # by which of their number what they make is divided, if that is known
 
 
 class ThetaBlock(NamedTuple):

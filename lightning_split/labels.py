@@ -156,7 +156,7 @@ class LabelMode(TorchDispatchMode):
         return torch.where(ra >= 0, ra, rb).expand(shape)
 
     def multiply(
-        self, factors: Sequence[Tensor], labels: Sequence[Tensor], why: str, *, root: bool = False
+        self, factors: Sequence[Tensor], labels: Sequence[Tensor], why: str, power: float | None
     ) -> bool:
         """Let the neurons of two factors meet one by one, their products to be summed.
 
@@ -164,7 +164,7 @@ class LabelMode(TorchDispatchMode):
             factors: Both.
             labels: Of each along the axis that is summed over, ``(n,)``.
             why: Why they are left alone, if it turns out that they must be.
-            root: Whether the sum is divided by the root of n.
+            power: Of n by which the sum is divided, if that is known.
 
         Returns:
             Whether they can: if both are linear in the weights that make them, and none meets itself.
@@ -174,7 +174,7 @@ class LabelMode(TorchDispatchMode):
         if not known or bool(torch.isin(a, b).any()) or not all(map(self.lines.straight, factors)):
             return False
         self.unify(a, b, "a product of activations", both=True)
-        self.pairs.append(Pair(labels[0].numpy(), labels[1].numpy(), root, f"{why}{self.where()}"))
+        self.pairs.append(Pair(labels[0].numpy(), labels[1].numpy(), power, f"{why}{self.where()}"))
         return True
 
     def merge(self, labels: Tensor, dim: int, why: str) -> Tensor:

@@ -9,7 +9,7 @@ queries and keys would gain, new neurons find. (To displace both, by a and b, ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     left: Ids  # labels along the axis
     right: Ids
-    root: bool  # whether the sum is divided by the root of the axis' length
+    power: float | None  # of the axis' length by which the sum is divided; None if nobody says
     why: str  # why its neurons are left alone, if they must be
 
 
@@ -73,20 +73,26 @@ _LINEAR = {
 }
 
 
-class Weighing(NamedTuple):
-    """Rows of producers that are outgoing weights."""
+class Weighing:
+    """Rows of producers that are outgoing weights.
 
-    ids: Ids  # of the blocks that such rows make
-    rooted: npt.NDArray[np.bool_]  # for each, whether the sum is divided by the root of the length
+    Args:
+        powers: By the block that such rows make: of the length by which the sum is divided, if that is known.
+    """
+
+    def __init__(self, powers: Mapping[int, float | None]) -> None:
+        self._powers = powers
+        self._blocks = np.array(list(powers), dtype=np.int64)
 
     def reads(self, blocks: Ids) -> npt.NDArray[np.bool_] | None:
         """Which of these blocks they make; ``None`` if none."""
-        found = np.isin(blocks, self.ids)
+        found = np.isin(blocks, self._blocks)
         return found if found.any() else None
 
-    def power(self, blocks: Ids) -> float:
-        """To which power of the length the sum is divided."""
-        return 0.5 if self.rooted[np.isin(self.ids, blocks)].any() else 0.0
+    def power(self, blocks: Ids) -> float | None:
+        """What holds for all of these blocks that they make; ``None`` if that is not known."""
+        found = {self._powers[block] for block in np.intersect1d(blocks, self._blocks).tolist()}
+        return found.pop() if len(found) == 1 else None
 
 
 def weighing(pairs: Sequence[Pair], table: NeuronTable, read: Ids) -> Weighing:
@@ -98,12 +104,12 @@ def weighing(pairs: Sequence[Pair], table: NeuronTable, read: Ids) -> Weighing:
         read: Labels that layers read.
     """
     readers = table.origins(read) if pairs else read
-    chosen: dict[int, bool] = {}
+    powers: dict[int, float | None] = {}
     for pair in pairs:
         for blocks in map(table.origins, (pair.right, pair.left)):
             if not np.isin(blocks, readers).any():
-                chosen.update(dict.fromkeys(blocks.tolist(), pair.root))
+                powers |= dict.fromkeys(blocks.tolist(), pair.power)
                 break
         else:
             table.bar([*pair.left.tolist(), *pair.right.tolist()], pair.why)
-    return Weighing(np.array(list(chosen), dtype=np.int64), np.array(list(chosen.values()), dtype=bool))
+    return Weighing(powers)

@@ -24,7 +24,7 @@ def matmul(op: Operation) -> None:
     if any(mode.get(t) is not None for t in added):
         barrier(op)
         return
-    if _paired(op, left, right):
+    if _paired(op, left, right, power=0.0 if mode.inside else None):  # a layer's own scale stays what it is
         return
     why = PRODUCT if len(op.labelled) > 1 else BARRIERS[op.name]
     found, summed = [], False
@@ -55,7 +55,7 @@ def matmul(op: Operation) -> None:
         mode.set(out, found[-1])
 
 
-def _paired(op: Operation, left: Tensor, right: Tensor, axis: int = -2, *, root: bool = False) -> bool:
+def _paired(op: Operation, left: Tensor, right: Tensor, axis: int = -2, *, power: float | None) -> bool:
     """Whether neurons of both factors meet one by one, summed along the last axis of the left factor."""
     mode, labels = op.mode, []
     for t, d in ((left, -1), (right, axis)):
@@ -63,7 +63,7 @@ def _paired(op: Operation, left: Tensor, right: Tensor, axis: int = -2, *, root:
         if own is None or [k - t.ndim for k, v in enumerate(mode.varying(own)) if v] != [d]:
             return False
         labels.append(narrowed(own, [k for k in range(t.ndim) if k - t.ndim != d]).flatten())
-    return mode.multiply((left, right), labels, PRODUCT, root=root)
+    return mode.multiply((left, right), labels, PRODUCT, power)
 
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:
@@ -110,7 +110,8 @@ def attention(op: Operation) -> None:
         return
     queries, keys = op.args[:2]
     masked = any(mode.get(t) is not None for t in op.inputs if not any(t is x for x in op.args[:3]))
-    if masked or not _paired(op, queries, keys, -1, root=op.arguments.get("scale") is None):
+    power = 0.5 if op.arguments.get("scale") is None else None
+    if masked or not _paired(op, queries, keys, -1, power=power):
         op.refuse(
             f"attention scores contract queries and keys over their channels: {NO_WEIGHTS}",
             [t for t in op.inputs if t is not values or values is queries or values is keys],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -298,7 +299,7 @@ def _scaled(model: nn.Module, arch: Architecture, trial: _Trial) -> Architecture
     """
     kinds: dict[Any, list[ChannelGroup]] = defaultdict(list)
     for group in arch.groups:
-        if group.paired:
+        if group.paired and not _known_scale(arch, group):
             reader = group.consumers[-1]
             around = model.get_submodule(reader.rpartition(".")[0])
             kinds[type(around), type(model.get_submodule(reader))].append(group)
@@ -310,6 +311,13 @@ def _scaled(model: nn.Module, arch: Architecture, trial: _Trial) -> Architecture
         far = {p: trial.distance(Surgery(model, wide, scaled)) for p, scaled in powers.items()}
         arch = powers[min(far, key=far.__getitem__)]
     return arch
+
+
+def _known_scale(arch: Architecture, group: ChannelGroup) -> bool:
+    """Whether the operators say by what the sums over these neurons are divided."""
+    ports = [port for port in arch.ports.values() if port.reads is not None]
+    mine = [port for port in ports if np.isin(port.neuron[port.reads], group.neurons).any()]
+    return all(port.power is not None for port in mine)
 
 
 @dataclass

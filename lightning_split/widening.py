@@ -91,7 +91,7 @@ def grown_port(port: PortMap, offspring: Offspring, *, reads: bool = False) -> A
     outgoing, lift = np.full(len(index), reads), np.ones(len(index))
     if port.reads is not None:
         outgoing = port.reads[index]
-        lift[outgoing] = (outgoing.sum() / port.reads.sum()) ** port.power
+        lift[outgoing] = (outgoing.sum() / port.reads.sum()) ** (port.power or 0.0)
     return AxisGrowth(torch.from_numpy(index), *map(torch.from_numpy, (*parts, outgoing, lift)))
 
 
