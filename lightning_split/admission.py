@@ -12,6 +12,7 @@ from torch import nn
 from lightning_split._compat import MisconfigurationException, twins
 from lightning_split.context import GrowthContext
 from lightning_split.curvature import LossFn
+from lightning_split.effective import EffectiveWeights
 from lightning_split.followers import find_followers, may_follow, untouched
 from lightning_split.growers import Grower
 from lightning_split.growth import NothingToSplitError, select_groups
@@ -111,7 +112,8 @@ def first_look(
         groups = select_groups(arch.without({**barred, **between}), include, exclude)
         with quiet(trainer, pl_module, seed=seed):
             ranks = TrainerRanks(trainer)
-            grower.check(GrowthContext(pl_module, groups, loss_fn, [batch], seed=seed, ranks=ranks))
+            with EffectiveWeights(pl_module):
+                grower.check(GrowthContext(pl_module, groups, loss_fn, [batch], seed=seed, ranks=ranks))
     except ValueError as error:
         if not (isinstance(error, NothingToSplitError) and error.frozen):
             raise MisconfigurationException(str(error)) from None

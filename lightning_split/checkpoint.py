@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_split.effective import EffectiveWeights
 from lightning_split.layers import LayerRule, Port, layer_tensors, rule_for
 from lightning_split.loose import loose_axes, loose_tensors
 
@@ -32,6 +33,13 @@ def fit_to_state_dict(module: nn.Module, state_dict: Mapping[str, Any], prefix: 
     Returns:
         Paths of the layers that were resized.
     """
+    with EffectiveWeights(module) as effective:
+        found = _fitted(module, effective.seen_through(state_dict, prefix), prefix)
+        effective.resized(state_dict, prefix)
+    return found
+
+
+def _fitted(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
     plans: list[tuple[str, nn.Module, LayerRule, dict[Port, int], dict[str, torch.Size]]] = []
     for path, layer in module.named_modules():
         rule = rule_for(layer)

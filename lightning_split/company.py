@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_split._compat import twins
 from lightning_split.optim import carry_all
 from lightning_split.report import GrowthReport
-from lightning_split.surgery import Surgery
+from lightning_split.surgery import split_neurons
 
-__all__ = ["averaging_done", "follow", "rewrap", "shadow_models", "share_buffers"]
+__all__ = ["averaging_done", "follow", "grow_shadow", "rewrap", "shadow_models", "share_buffers"]
 
 _DDP = twins("strategies.DDPStrategy")
 _SWA = twins("callbacks.StochasticWeightAveraging")
@@ -39,13 +40,27 @@ def follow(
         lr_schedule: See :func:`~lightning_split.optim.carry_all`.
     """
     for shadow in shadow_models(trainer):
-        surgery = Surgery(shadow, report.splits, report.architecture)
-        surgery.apply()
-        surgery.displace()
+        grow_shadow(shadow, report)
     rewrap(trainer, pl_module)
     carry_all(trainer, report.replaced, optimizer_state, lr_schedule)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # each growth is one recompilation; without this, eight are the limit
+
+
+def grow_shadow(shadow: nn.Module, report: GrowthReport) -> None:
+    """Split the neurons of an average of the weights as those of the model were split.
+
+    Where a parametrization cannot compute averaged weights so far from where they were (an exponential,
+    below zero), the offspring stay with their parents; the average follows the model from there.
+    """
+    try:
+        split_neurons(shadow, report.splits, arch=report.architecture)
+    except ValueError:
+        still = [
+            replace(s, displacements=torch.zeros_like(s.displacements), through=None, outgoing=None)
+            for s in report.splits
+        ]
+        split_neurons(shadow, still, arch=report.architecture)
 
 
 def share_buffers(trainer: pl.Trainer) -> None:

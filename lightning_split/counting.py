@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, Counted, PortMap
 from lightning_split.context import GrowthContext
+from lightning_split.effective import stored_sizes
 from lightning_split.layers import Block, Port, layer_tensors, rule_for
 from lightning_split.loose import growing_tensors, loose_port
 from lightning_split.measuring import undisturbed
@@ -53,7 +55,7 @@ def network_cost(model: nn.Module, arch: Architecture, surgery: Surgery | None =
         after = {old: found.new for old, found in surgery.replaced.items()}
         for split in surgery.splits:
             more[split.group] += len(split.weights) - 1
-    numbers = sum(after.get(p, p).numel() for p in model.parameters())
+    numbers = sum(_stored(p, after.get(p, p).shape) for p in model.parameters())
     prices = macs(model, arch)
     return NetworkCost(numbers, prices.total + prices.added(more))
 
@@ -77,13 +79,26 @@ def params(model: nn.Module, arch: Architecture, found: Iterable[WeightSize] | N
         arch: What tracing found.
         found: Its :func:`weights`, if they are known.
     """
-    counted = {id(p): p.numel() for p in model.parameters()}
+    counted = {id(p): _stored(p, p.shape) for p in model.parameters()}
     rest, terms = sum(counted.values()), list[Product]()
     for tensor, size, _ in weights(model, arch) if found is None else found:
-        if counted.pop(id(tensor), None) is not None:
-            terms.append(size)
-            rest -= tensor.numel()
+        number = counted.pop(id(tensor), None)
+        if number is not None:
+            several = stored_sizes(tensor)
+            if several is None:
+                terms.append(size)
+            else:
+                terms += [Product(float(times), tuple(size.axes[a] for a in axes)) for times, axes in several]
+            rest -= number
     return Prices.of(terms, float(rest), "params")
+
+
+def _stored(parameter: Tensor, shape: Sequence[int]) -> int:
+    """How many numbers the model stores for a parameter of this shape."""
+    several = stored_sizes(parameter)
+    if several is None:
+        return math.prod(shape)
+    return sum(rest * math.prod(shape[a] for a in axes) for rest, axes in several)
 
 
 def macs(model: nn.Module, arch: Architecture, found: Iterable[WeightSize] | None = None) -> Prices:

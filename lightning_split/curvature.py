@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.cuts import CutNetwork, LossFn, check_loss
+from lightning_split.effective import EffectiveWeights
 from lightning_split.interrupts import give_way
 from lightning_split.lean import LeanDerivatives, transformed, without_autocast
 from lightning_split.segments import Layout, Part, Plan, Segment, parts
@@ -85,7 +86,8 @@ class SplittingOperator:
         self._cut = CutNetwork(model, arch.curved, loss_fn, train=train, seed=seed)
         self._layout = Layout(arch.curved.groups, self._cut.parameters)
         first = arch.groups[0].theta[0]
-        self._weight = model.get_submodule(first.module).get_parameter(first.tensor)
+        with EffectiveWeights(model):
+            self._weight = model.get_submodule(first.module).get_parameter(first.tensor)
         self.has_surrogates = False
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_split.architecture import Architecture
+from lightning_split.effective import EffectiveWeights
 from lightning_split.layers import Port, port_kind
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import gradients_only_for, undisturbed
@@ -65,11 +66,13 @@ class CutNetwork:
         self._where = _consuming(arch)
         self._lean = True  # whether only the incoming weights of neurons need gradients
         self.parameters: dict[tuple[str, str], nn.Parameter] = {}  # those that hold incoming weights
-        for group in arch.groups:
-            for block in group.theta:
-                parameter = model.get_submodule(block.module)._parameters[block.tensor]
-                assert parameter is not None
-                self.parameters[block.module, block.tensor] = parameter
+        self._effective = EffectiveWeights(model)
+        with self._effective:
+            for group in arch.groups:
+                for block in group.theta:
+                    parameter = model.get_submodule(block.module)._parameters[block.tensor]
+                    assert parameter is not None
+                    self.parameters[block.module, block.tensor] = parameter
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch; to be called while :meth:`running`."""
@@ -81,6 +84,7 @@ class CutNetwork:
         Parameters whose ``data`` is exchanged inside have their own again afterwards.
         """
         stack = ExitStack()
+        stack.enter_context(self._effective)
         stack.enter_context(undisturbed(self._model, train=self._train, seed=self._seed))
         if self._lean:
             stack.enter_context(gradients_only_for(self._model, self.parameters.values()))

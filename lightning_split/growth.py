@@ -16,6 +16,7 @@ from lightning_split.context import GrowthContext
 from lightning_split.counting import network_cost
 from lightning_split.curvature import LossFn, check_loss
 from lightning_split.deciding import Chooser, as_split, network_prices
+from lightning_split.effective import EffectiveWeights
 from lightning_split.growers import Grower, SteepestSplitting
 from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.measuring import undisturbed
@@ -25,7 +26,7 @@ from lightning_split.report import GrowthReport
 from lightning_split.selection import Candidate, SelectionStrategy, TopK
 from lightning_split.significance import FreshBatches, GainTest
 from lightning_split.stepsize import StepSize, as_step_size
-from lightning_split.surgery import Surgery
+from lightning_split.surgery import Replacement, Surgery
 from lightning_split.tracing import trace_step
 
 __all__ = ["GrowthReport", "NothingToSplitError", "grow", "select_groups"]
@@ -117,107 +118,126 @@ def grow(
     check = batches if fresh is None else fresh.first(_CHECKED)
     step = as_step_size(step_size)
     _check_arguments(batches, check, significance, max_params, max_macs)
-    whole = trace_step(model, batches[0], loss_fn, followers)
-    arch = select_groups(whole.without(dict(barred or {})), include, exclude)
-    before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
+    with EffectiveWeights(model) as effective:
+        whole = trace_step(model, batches[0], loss_fn, followers)
+        arch = select_groups(whole.without(dict(barred or {})), include, exclude)
+        before_loss = _mean_loss(model, check, loss_fn, train_mode, seed, ranks)
 
-    context = GrowthContext(
-        model,
-        arch,
-        loss_fn,
-        batches,
-        fresh,
-        all_schemes=strategy.all_schemes,
-        surrogate_beta=surrogate_beta,
-        train_mode=train_mode,
-        cache_bytes=cache_bytes,
-        seed=seed,
-        ranks=ranks,
-    )
-    prices = network_prices(context, strategy, max_params=max_params, max_macs=max_macs, seed_cost=seed_cost)
-    chooser = Chooser(strategy, prices)
-    test = GainTest(chooser, significance, fresh)
-    context = replace(context, test=test)
-    proposal = grower.propose(context, step_size=step)
-    passed = test.passed(proposal.candidates, proposal.num_batches, proposal.alternatives)
-    offered = list(zip(proposal.candidates, passed, strict=True))
+        context = GrowthContext(
+            model,
+            arch,
+            loss_fn,
+            batches,
+            fresh,
+            all_schemes=strategy.all_schemes,
+            surrogate_beta=surrogate_beta,
+            train_mode=train_mode,
+            cache_bytes=cache_bytes,
+            seed=seed,
+            ranks=ranks,
+        )
+        prices = network_prices(
+            context, strategy, max_params=max_params, max_macs=max_macs, seed_cost=seed_cost
+        )
+        chooser = Chooser(strategy, prices)
+        test = GainTest(chooser, significance, fresh)
+        context = replace(context, test=test)
+        proposal = grower.propose(context, step_size=step)
+        passed = test.passed(proposal.candidates, proposal.num_batches, proposal.alternatives)
+        offered = list(zip(proposal.candidates, passed, strict=True))
 
-    before = checked_readings(model, arch, check[0], loss_fn, seed)
-    broken: dict[str, str] = {}
-    while True:
-        chosen = ranks.agree(test.choose([c for c, _ in offered], [ok for _, ok in offered]))
-        surgery = Surgery(model, [as_split(c) for c in chosen], whole)
-        why = ranks.agree(first_break(model, arch, surgery, before, check[0], loss_fn, seed))
-        if why is None:
-            break
-        group = ranks.agree(culprit(model, arch, chosen, before, check[0], loss_fn, seed))
-        broken[group] = why
-        offered = [(c, ok) for c, ok in offered if c.group != group]
+        before = checked_readings(model, arch, check[0], loss_fn, seed)
+        broken: dict[str, str] = {}
+        unheld: set[tuple[str, int, str]] = set()  # group, neuron and scheme
+        while True:
+            chosen = ranks.agree(test.choose([c for c, _ in offered], [ok for _, ok in offered]))
+            surgery = Surgery(model, [as_split(c) for c in chosen], whole)
+            lost = ranks.agree(_unheld(effective, surgery)) if effective else None
+            if lost:
+                unheld |= {(c.group, c.neuron, c.scheme) for c in chosen if (c.group, c.neuron) in lost}
+                offered = [(c, ok and (c.group, c.neuron, c.scheme) not in unheld) for c, ok in offered]
+                continue
+            why = ranks.agree(first_break(model, arch, surgery, before, check[0], loss_fn, seed))
+            if why is None:
+                break
+            group = ranks.agree(culprit(model, arch, chosen, before, check[0], loss_fn, seed))
+            broken[group] = why
+            offered = [(c, ok) for c, ok in offered if c.group != group]
 
-    cost, after_cost = network_cost(model, whole), network_cost(model, whole, surgery)
-    spending = chooser.spending(offered, chosen)
-    notes, ratio, after_loss = list(proposal.notes), 1.0, before_loss
-    if chosen:
+        cost, after_cost = network_cost(model, whole), network_cost(model, whole, surgery)
+        spending = chooser.spending(offered, chosen)
+        notes, ratio, after_loss = list(proposal.notes), 1.0, before_loss
+        replaced: dict[nn.Parameter, Replacement] = {}
+        if unheld:
+            notes.append(
+                f"{len(unheld)} candidates were left out, because a parametrization cannot compute the "
+                "weights that they would make (an exponential makes no negative ones, say); "
+                "SteepestSplitting(signed=False) and a smaller step_size leave out fewer."
+            )
+        if chosen:
 
-        def loss_at(ratio: float) -> float:
-            with surgery.displaced([as_split(c.at(ratio)) for c in chosen]):
-                return _mean_loss(model, check, loss_fn, train_mode, seed, ranks, strict=False)
+            def loss_at(ratio: float) -> float:
+                with surgery.displaced([as_split(c.at(ratio)) for c in chosen]):
+                    if effective.unheld(surgery.replaced):
+                        return math.inf
+                    return _mean_loss(model, check, loss_fn, train_mode, seed, ranks, strict=False)
 
-        surgery.apply()
+            surgery.apply()
+            try:
+                ratio, after_loss = ranks.agree(step.ratio(loss_at, before_loss))
+                if not math.isfinite(after_loss):
+                    raise ValueError(
+                        f"After the growth the loss is {after_loss}, so the growth was taken back; try a "
+                        "smaller step_size."
+                    )
+                chosen = [c.at(ratio) for c in chosen]
+                surgery.displace([as_split(c) for c in chosen])
+                replaced = effective.written_back(surgery.replaced if ratio else {})
+            except BaseException:
+                surgery.revert()
+                raise
+            if ratio == 0:
+                surgery.revert()
+                chosen, after_cost = [], cost
+                spending = replace(spending, spent=0.0)
+                notes.append(f"{step!r} found no step at which the loss falls, so nothing was grown.")
+        grown = {c.group: 0 for c in chosen}
+        for c in chosen:
+            grown[c.group] += len(c.weights) - 1
+
+        def estimated(c: Candidate) -> float:
+            gain = proposal.estimated_gain.get((c.group, c.neuron, c.scheme))
+            return c.predicted if gain is None else gain * ratio**c.order
+
+        report = GrowthReport(
+            splits=tuple(as_split(c) for c in chosen),
+            chosen=tuple(chosen),
+            predicted_gain=sum(c.predicted for c in chosen),
+            estimated_gain=sum(map(estimated, chosen)),
+            loss_before=before_loss,
+            loss_after=after_loss,
+            widths_before=arch.widths,
+            widths_after={n: w + grown.get(n, 0) for n, w in arch.widths.items()},
+            cost_before=cost,
+            cost_after=after_cost,
+            candidates=proposal.candidates,
+            eigenpairs=proposal.eigenpairs,
+            barred=broken,
+            spending=spending,
+            limit=spending.limit,
+            notes=tuple(notes),
+            confirmed=fresh is not None,
+            num_fresh=proposal.num_batches,
+            num_passed=sum(passed),
+            replaced=replaced,
+            architecture=arch,
+        )
         try:
-            ratio, after_loss = ranks.agree(step.ratio(loss_at, before_loss))
-            if not math.isfinite(after_loss):
-                raise ValueError(
-                    f"After the growth the loss is {after_loss}, so the growth was taken back; try a smaller "
-                    "step_size."
-                )
-            chosen = [c.at(ratio) for c in chosen]
-            surgery.displace([as_split(c) for c in chosen])
-        except BaseException:
+            give_way()
+        except BaseException:  # nobody would get the report
             surgery.revert()
             raise
-        if ratio == 0:
-            surgery.revert()
-            chosen, surgery, after_cost = [], Surgery(model, [], whole), cost
-            spending = replace(spending, spent=0.0)
-            notes.append(f"{step!r} found no step at which the loss falls, so nothing was grown.")
-    grown = {c.group: 0 for c in chosen}
-    for c in chosen:
-        grown[c.group] += len(c.weights) - 1
-
-    def estimated(c: Candidate) -> float:
-        gain = proposal.estimated_gain.get((c.group, c.neuron, c.scheme))
-        return c.predicted if gain is None else gain * ratio**c.order
-
-    report = GrowthReport(
-        splits=tuple(as_split(c) for c in chosen),
-        chosen=tuple(chosen),
-        predicted_gain=sum(c.predicted for c in chosen),
-        estimated_gain=sum(map(estimated, chosen)),
-        loss_before=before_loss,
-        loss_after=after_loss,
-        widths_before=arch.widths,
-        widths_after={n: w + grown.get(n, 0) for n, w in arch.widths.items()},
-        cost_before=cost,
-        cost_after=after_cost,
-        candidates=proposal.candidates,
-        eigenpairs=proposal.eigenpairs,
-        barred=broken,
-        spending=spending,
-        limit=spending.limit,
-        notes=tuple(notes),
-        confirmed=fresh is not None,
-        num_fresh=proposal.num_batches,
-        num_passed=sum(passed),
-        replaced=surgery.replaced,
-        architecture=arch,
-    )
-    try:
-        give_way()
-    except BaseException:  # nobody would get the report
-        surgery.revert()
-        raise
-    return report
+        return report
 
 
 def select_groups(
@@ -275,6 +295,15 @@ def _check_arguments(
         raise ValueError("confirm_batches is empty; pass None to do without a confirmation.")
     if significance is not None and not 0 < significance < 1:
         raise ValueError(f"significance is a share between 0 and 1, or None for no test, got {significance}.")
+
+
+def _unheld(effective: EffectiveWeights, surgery: Surgery) -> set[tuple[str, int]]:
+    """The splits, by group and neuron, that a parametrization cannot compute the weights of."""
+    lost = surgery.behind(effective.unheld(surgery.replaced), moved=False)
+    if lost:
+        return lost
+    with surgery.displaced(surgery.splits):
+        return surgery.behind(effective.unheld(surgery.replaced), moved=True)
 
 
 def _mean_loss(

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_split._compat import MisconfigurationException, twins
 from lightning_split.architecture import Architecture
 from lightning_split.checkpoint import growth_enabled
+from lightning_split.effective import own_parameters
 from lightning_split.interrupts import uninterrupted
 from lightning_split.ranks import Ranks
 from lightning_split.surgery import AxisMap, Replacement
@@ -89,7 +90,7 @@ def carry_state(optimizer: Optimizer, replaced: Replaced, mode: Mode = "transfer
     lost: list[str] = []
     for old, replacement in found.items():
         state = optimizer.state.get(old)
-        if mode == "reset" or not state or isinstance(optimizer, LBFGS):
+        if mode == "reset" or not state or replacement.anew or isinstance(optimizer, LBFGS):
             continue
         try:
             if not type(optimizer).__module__.startswith("torch.optim"):
@@ -125,7 +126,7 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 def _carried(state: Mapping[str, Any], old: nn.Parameter, replacement: Replacement) -> dict[str, Any]:
     """The state of one parameter at its new size."""
-    new, maps = replacement
+    new, maps, _ = replacement
     carried: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -261,7 +262,7 @@ def interfaces(trainer: pl.Trainer, pl_module: pl.LightningModule, arch: Archite
     layers = dict(pl_module.named_modules())
 
     def owners(paths: Iterable[str]) -> set[int]:
-        found = (p for path in paths if path in layers for p in layers[path].parameters(recurse=False))
+        found = (p for path in paths if path in layers for p in own_parameters(layers[path]))
         return set().union(*(owner[id(p)] for p in found))
 
     between = {}

@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture
+from lightning_split.effective import EffectiveWeights
 from lightning_split.interrupts import uninterrupted
 from lightning_split.layers import Block, Port, port_kind, port_sizes, rule_for
 from lightning_split.loose import growing_tensors
@@ -23,6 +24,7 @@ from lightning_split.widening import (
     AxisGrowth,
     AxisMap,
     Offspring,
+    Replacement,
     as_parameter,
     grown_axis,
     grown_port,
@@ -30,13 +32,6 @@ from lightning_split.widening import (
 )
 
 __all__ = ["AxisMap", "Replacement", "Split", "Surgery", "split_neurons"]
-
-
-class Replacement(NamedTuple):
-    """The parameter that stands where another stood, and how its axes grew."""
-
-    new: nn.Parameter
-    maps: dict[int, AxisMap]
 
 
 @uninterrupted()
@@ -60,17 +55,18 @@ def split_neurons(
         to carry an optimizer's state along.
 
     Raises:
-        ValueError: If a split does not fit the architecture, or the architecture does not fit the model.
-            Nothing has changed then.
+        ValueError: If a split does not fit the architecture, the architecture does not fit the model, or a
+            parametrization cannot compute the grown weights. Nothing has changed then.
     """
-    surgery = Surgery(model, splits, arch)
-    surgery.apply()
-    try:
-        surgery.displace()
-    except BaseException:
-        surgery.revert()
-        raise
-    return surgery.replaced
+    with EffectiveWeights(model) as effective:
+        surgery = Surgery(model, splits, arch)
+        surgery.apply()
+        try:
+            surgery.displace()
+            return effective.written_back(surgery.replaced)
+        except BaseException:
+            surgery.revert()
+            raise
 
 
 class Surgery:
@@ -89,6 +85,7 @@ class Surgery:
         self._arch = arch
         self._hollow = hollow  # new tensors have shapes but no memory: to try how the model takes its sizes
         self._widened: dict[tuple[str, str], Widened] = {}
+        self._replacing: dict[nn.Parameter, Widened] = {}  # by what was replaced
         self._put: list[tuple[dict[str, Any], str, Tensor]] = []  # where, and what comes in
         self._undo: list[Callable[[], Any]] = []
         check_splits(arch, splits, values=not hollow)
@@ -157,6 +154,30 @@ class Surgery:
         while self._undo:
             self._undo.pop()()
 
+    def behind(self, entries: Mapping[nn.Parameter, Tensor], *, moved: bool) -> set[tuple[str, int]]:
+        """The splits that have made some entries of new tensors, each as its group and neuron.
+
+        Args:
+            entries: Parameter that was replaced -> mask of the new one, shaped as it.
+            moved: Whether displacements have made them (of the rows that neurons are made of, rather than of
+                columns by which they are read), or offspring weights.
+        """
+        found: set[int] = set()
+        for parameter, mask in entries.items():
+            where, widened = mask.nonzero().cpu(), self._replacing[parameter]
+            left = torch.ones(len(where), dtype=torch.bool)
+            for reads in (not moved, moved):
+                blamed = torch.zeros(len(where), dtype=torch.bool)
+                for axis, g in widened.axes.items():
+                    number, outgoing = g.split[where[:, axis]], g.reads[where[:, axis]]
+                    here = left & (number >= 0) & (outgoing == reads)
+                    found |= set(number[here].tolist())
+                    blamed |= here
+                left &= ~blamed
+            if bool(left.any()):  # entries that no split has made: all of them together have
+                found |= {n for g in widened.axes.values() for n in g.split.tolist() if n >= 0}
+        return {(self._splits[n].group, self._splits[n].neuron) for n in found}
+
     @property
     def splits(self) -> tuple[Split, ...]:
         """What it does."""
@@ -210,7 +231,7 @@ class Surgery:
                     grown = {} if self._hollow else found.axes
                     maps = {a: g.as_map() for a, g in grown.items()}
                     new = as_parameter(found.new, tensor)
-                    found = Widened(new, found.axes)
+                    found = self._replacing[tensor] = Widened(new, found.axes)
                     self.replaced[tensor] = Replacement(new, maps)
                 self._widened[path, name] = found
                 self._put += [(store, key, found.new) for store, key in sites[id(tensor)]]

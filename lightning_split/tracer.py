@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture, PortKey
 from lightning_split.calls import CallMode
 from lightning_split.constants import storage_key
+from lightning_split.effective import originals_of
 from lightning_split.grouping import Findings
 from lightning_split.labels import BookKeeping, LabelMode, stored_once
 from lightning_split.layers import LayerRule, Port, layer_tensors, port_kind, rule_for
@@ -86,6 +87,11 @@ class Tracer(Watcher):
                 id(tensor): (path, name)
                 for path in self.found.rules
                 for name, (tensor, _) in layer_tensors(self.found.layers[path]).items()
+            }
+            mode.owned |= {  # what a weight is computed of is as good as the weight
+                id(original): (path, name)
+                for path in self.found.rules
+                for name, original in originals_of(self.found.layers[path])
             }
             mode.guesses.leaves = {
                 id(tensor): (path, name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture
 from lightning_split.counting import priced
+from lightning_split.effective import EffectiveWeights
 from lightning_split.followers import led
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
@@ -95,6 +96,18 @@ def _trace(
         raise ValueError(
             "The example batch is empty, and nothing can be seen in it; trace a batch with samples."
         )
+    with EffectiveWeights(model):
+        return _traced(model, run, example, compare_outputs=compare_outputs, followers=followers)
+
+
+def _traced(
+    model: nn.Module,
+    run: Run,
+    example: Any,
+    *,
+    compare_outputs: bool,
+    followers: Mapping[str, str] | None,
+) -> Architecture:
     outline = Outline(example)
     try:
         with quiet():

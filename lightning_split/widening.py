@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 from lightning_split.architecture import Index, PortMap
 from lightning_split.layers import Block
 
-__all__ = ["AxisGrowth", "AxisMap", "Offspring", "grown_axis", "grown_port", "widened"]
+__all__ = [
+    "AxisGrowth",
+    "AxisMap",
+    "Offspring",
+    "Replacement",
+    "as_parameter",
+    "grown_axis",
+    "grown_port",
+    "same_format",
+    "widened",
+]
 
 _PIECE = 2**18  # elements that are copied twice at a time, where several axes grow
 _FEW_RUNS = 64  # stretches of a tensor that are copied one by one
@@ -27,6 +38,14 @@ class AxisMap:
 
     index: Tensor  # (new size,) int64: the old position that each new position copies
     scale: Tensor  # (new size,) float64: gradient of the new entry over that of the old one; 0: starts anew
+
+
+class Replacement(NamedTuple):
+    """The parameter that stands where another stood, and how its axes grew."""
+
+    new: nn.Parameter
+    maps: dict[int, AxisMap]
+    anew: bool = False  # its values have nothing to do with those before, nor has an optimizer's state
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +149,7 @@ def widened(tensor: Tensor, axes: Mapping[int, AxisGrowth]) -> Tensor:
     for axis, growth in axes.items():
         if bool(growth.reads.any()):
             scale_(new, growth.factor, axis)
-    return _same_format(new, tensor)
+    return same_format(new, tensor)
 
 
 def _selected(tensor: Tensor, picks: Mapping[int, Tensor]) -> Tensor:
@@ -179,7 +198,8 @@ def scale_(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
     return tensor.mul_(factor.to(tensor).view(shape))  # cast first: float64 factors would promote bf16
 
 
-def _same_format(new: Tensor, old: Tensor) -> Tensor:
+def same_format(new: Tensor, old: Tensor) -> Tensor:
+    """The tensor with its channels last if another one has them there, and contiguous."""
     for memory_format in (torch.channels_last, torch.channels_last_3d):
         fits = old.ndim == (4 if memory_format is torch.channels_last else 5)
         if fits and old.is_contiguous(memory_format=memory_format) and not old.is_contiguous():

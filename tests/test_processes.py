@@ -29,6 +29,7 @@ from lightning_split import (
     enable_growth,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Subset
 
 from modules import Classifier, ResumableLoader, assert_same, images, loader, trainer, two_splits, widths
@@ -114,6 +115,8 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
     module = ByHand() if manual else Distributed(case.get("unused", False))
     if case.get("taught"):
         module = Taught()
+    for place in (0, 5, 7) if case.get("normed") else ():
+        weight_norm(module.net[place])
     monitor = case.get("monitor", "plan")
     callback = two_splits(
         trigger=Plateau(monitor, **case.get("plateau", {"patience": 1, "min_delta": 0.5})),
@@ -245,6 +248,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "average": {"ema": True},
         "teacher": {"taught": True},
         "measured latency": {"latency": True},
+        "weight norm": {"normed": True},
     }
     for name, states in _run(tmp_path, cases=cases).items():
         assert len(states["whole"]) == 2, name
@@ -266,8 +270,17 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
             "plateau": {"interval": "step", "patience": 5, "min_delta": 9.0},
         },
         {"every_steps": 1, "monitor": "mean_loss", "stream": True},
+        {"normed": True, "ema": True},
     ],
-    ids=["epochs", "epochs, average", "steps", "steps, average", "by step", "streams"],
+    ids=[
+        "epochs",
+        "epochs, average",
+        "steps",
+        "steps, average",
+        "by step",
+        "streams",
+        "weight norm, average",
+    ],
 )
 def test_resuming_two_processes_equals_the_uninterrupted_run(tmp_path: Path, case: dict[str, Any]) -> None:
     """From every checkpoint but the last: the same growths and bit-identical weights and moments.

@@ -517,10 +517,6 @@ class Symmetric(nn.Module):
         return w + w.flip(0)
 
 
-def _old_weight_norm(layer: nn.Module) -> None:
-    nn.utils.weight_norm(layer)
-
-
 def _old_spectral_norm(layer: nn.Module) -> None:
     nn.utils.spectral_norm(layer)
 
@@ -546,12 +542,11 @@ def _pruned_bias(layer: nn.Module) -> None:
 
 
 COMPUTED = [
-    *(_old_weight_norm, parametrizations.weight_norm, _old_spectral_norm, parametrizations.spectral_norm),
+    *(_old_spectral_norm, parametrizations.spectral_norm),
     *(parametrizations.orthogonal, _custom, _custom_bias, _pruned, _pruned_rows, _pruned_bias),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*is deprecated")
 @pytest.mark.parametrize("change", COMPUTED)
 def test_computed_weights_are_refused(change: Callable[[nn.Module], Any]) -> None:
@@ -566,7 +561,7 @@ def test_computed_weights_are_refused(change: Callable[[nn.Module], Any]) -> Non
 def test_a_layer_that_computes_its_weights_is_named_in_the_table() -> None:
     """The first layer reads no neurons that could tell of it, so its own neurons have to."""
     model = chain()
-    parametrizations.weight_norm(model.a)
+    parametrizations.spectral_norm(model.a)
     arch = assert_grows(model, batch(), groups=["b", "c"])
     assert_refused(arch, "a", "parametrized")
 

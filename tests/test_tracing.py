@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning_split import LayerRule, register_layer_rule, trace
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, weight_norm
+from torch.nn.utils import parametrize, prune
 
 from exactness import assert_splits_exactly
 from networks import CASES, Residual, randomised
@@ -188,15 +188,6 @@ def test_layers_in_a_special_state_are_refused(change: Any, reason: str) -> None
     assert "hidden" not in arch.widths
     if change is not _parametrized:
         assert reason in {u.name: u.reason for u in arch.unsplittable}["hidden"]
-
-
-def test_weight_norm_on_a_consumer_is_refused() -> None:
-    """Old-style weight norm computes the weight from others, so its columns cannot be split."""
-    model = Refused(nn.Identity())
-    with pytest.warns(FutureWarning):
-        weight_norm(model.last)
-    arch = trace(model, torch.randn(4, 3))
-    assert "hidden" not in arch.widths
 
 
 def test_penalties_on_weights_do_not_block_growth() -> None:

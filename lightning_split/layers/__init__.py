@@ -25,6 +25,7 @@ from lightning_split.layers.registry import (
     rule_for,
 )
 from lightning_split.layers.rule import AxisPorts, Block, LayerRule, Marks, Port, port_kind
+from lightning_split.layers.standins import is_refused, refuse_layer
 
 __all__ = [
     "AxisPorts",
@@ -33,6 +34,7 @@ __all__ = [
     "Marks",
     "Port",
     "RuleSource",
+    "is_refused",
     "is_uninitialized",
     "keeps_batch_statistics",
     "known_type",
@@ -40,6 +42,7 @@ __all__ = [
     "normalises",
     "port_kind",
     "port_sizes",
+    "refuse_layer",
     "register_layer_rule",
     "rule_for",
 ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from lightning_split.layers.rule import AxisPorts, LayerRule, Marks, own_tensor
 
-__all__ = ["Followed", "Refused", "unless_refused"]
+__all__ = ["Followed", "Refused", "is_refused", "refuse_layer", "unless_refused"]
 
 
 class Refused(LayerRule):
@@ -40,34 +40,34 @@ def unless_refused(rule: LayerRule, layer: nn.Module) -> LayerRule:
     """The rule itself, or its refusal if the layer's tensors are not plain parameters and buffers."""
     if isinstance(rule, Refused):
         return rule
-    if parametrize.is_parametrized(layer):
-        return Refused(_parametrized(layer), rule)
+    if layer in _REASONS:
+        return Refused(_REASONS[layer], rule)
     for name in rule.axes(layer):
         if name not in layer._parameters and name not in layer._buffers:
-            return Refused(f"its tensor '{name}' is computed from others ({_computed(layer, name)})", rule)
+            return Refused(f"its tensor '{name}' is computed from others", rule)
         tensor = own_tensor(layer, name)
         if tensor is not None and tensor.is_complex():
             return Refused("its weights are complex, and splitting matrices are those of real weights", rule)
     return rule
 
 
-def _parametrized(layer: nn.Module) -> str:
-    parametrizations: Any = layer.parametrizations
-    kinds = ", ".join(type(p).__name__.lstrip("_") for each in parametrizations.values() for p in each)
-    plain = "torch.nn.utils.parametrize.remove_parametrizations before training makes them plain"
-    return f"its weights are parametrized ({kinds}); {plain}"
+# Layers that cannot be grown for reasons that no rule knows of.
+_REASONS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def _computed(layer: nn.Module, name: str) -> str:
-    """By what a tensor is computed that is neither a parameter nor a buffer, and how it becomes one."""
-    for other, how in (
-        (f"{name}_g", "weight norm; torch.nn.utils.remove_weight_norm before training makes it plain"),
-        (f"{name}_mask", "pruning; torch.nn.utils.prune.remove makes it plain"),
-        (f"{name}_u", "spectral norm; torch.nn.utils.remove_spectral_norm makes it plain"),
-    ):
-        if other in layer._parameters or other in layer._buffers:
-            return how
-    return "pruning, weight norm or the like"
+def refuse_layer(layer: nn.Module, reason: str) -> Callable[[], None]:
+    """Refuse a layer whatever its rule says, until the function that is returned is called."""
+    _REASONS[layer] = reason
+
+    def allow() -> None:
+        _REASONS.pop(layer, None)
+
+    return allow
+
+
+def is_refused(layer: nn.Module) -> bool:
+    """Whether the layer is refused by :func:`refuse_layer`."""
+    return layer in _REASONS
 
 
 class Followed(LayerRule):
