@@ -27,6 +27,7 @@ from torch import Tensor
 from toy import rbf_claims, rbf_figures
 from toy.networks import (
     Data,
+    Descent,
     Networks,
     choose,
     concatenate,
@@ -46,6 +47,7 @@ from lightning_split.growers import schemes
 SPREAD = 3**0.5  # N(0, 3) has variance 3
 RATE = 0.1
 WIDTH = 8
+BOUND = 0.05  # share of the target's variance over which a network does not fit it
 STEPS = (0.05, 0.2, 0.5, 1.0)  # step sizes among which line searches and Mixed look
 
 
@@ -62,7 +64,7 @@ class Setting:
     def draw(self, generator: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * SPREAD
 
-    def train(self, networks: Networks, data: Data, steps: int, every: int = 0) -> tuple[Networks, Tensor]:
+    def train(self, networks: Networks, data: Data, steps: int, every: int = 0) -> Descent:
         return descend(networks, data, steps, RATE, every, self.settle)
 
 
@@ -73,11 +75,20 @@ class Run:
     stages: list[Networks]  # as trained at the end of each stage
     losses: Tensor  # (S, stages) at the end of each stage, over the 1000 points
     history: Tensor  # (S, records)
+    lowest: Tensor  # (S,) the lowest loss of all iterations of the last stage
     stable: Tensor  # (S,) bool: ended because no split helped
 
     @property
     def final(self) -> Tensor:
         return self.losses[:, -1]
+
+    def stuck(self, power: Tensor) -> Tensor:
+        """(S,) bool: over the bound at every iteration of the last stage; power (S,) are variances."""
+        return ~(torch.fmin(self.lowest, self.final) <= BOUND * power)
+
+    def unsettled(self, power: Tensor) -> Tensor:
+        """(S,) bool: over the bound at the last iteration, but not at every one of the last stage."""
+        return ~(self.final <= BOUND * power) & ~self.stuck(power)
 
 
 Move = Callable[[Networks, Data, torch.Generator], Networks]
@@ -102,7 +113,7 @@ def methods(setting: Setting) -> dict[str, Move]:
     def lowest(offers: list[Networks], data: Data, trial: int = 0) -> Networks:
         """Of several networks of each target the one of the lowest loss, after a trial."""
         repeated = data.repeat(len(offers))
-        tried = setting.train(concatenate(offers), repeated, trial)[0]
+        tried = setting.train(concatenate(offers), repeated, trial).networks
         losses = loss(tried, repeated).view(len(offers), -1).nan_to_num(torch.inf)
         return choose(offers, losses.argmin(0))
 
@@ -172,6 +183,7 @@ def grow(moves: dict[str, Move], setting: Setting, points: Data, rule: Data) -> 
     generators = {name: torch.Generator().manual_seed(2) for name in moves}
     stages: dict[str, list[Networks]] = {name: [] for name in moves}
     histories: dict[str, list[Tensor]] = {name: [] for name in moves}
+    lowest: dict[str, Tensor] = {}
     for stage in range(WIDTH):
         if stage:
             now = {name: move(now[name], rule, generators[name]) for name, move in moves.items()}
@@ -179,17 +191,19 @@ def grow(moves: dict[str, Move], setting: Setting, points: Data, rule: Data) -> 
             names = [name for name, n in now.items() if n.w.shape[1] == width]
             together = concatenate([now[name] for name in names])
             every = max(setting.iterations // 100, 1)
-            trained, history = setting.train(together, rule.repeat(len(names)), setting.iterations, every)
+            trained = setting.train(together, rule.repeat(len(names)), setting.iterations, every)
             for i, name in enumerate(names):
                 part = slice(i * setting.seeds, (i + 1) * setting.seeds)
-                now[name] = trained.at(part)
+                now[name] = trained.networks.at(part)
                 stages[name].append(now[name])
-                histories[name].append(history[part])
+                histories[name].append(trained.history[part])
+                lowest[name] = trained.lowest[part]
     return {
         name: Run(
             stages[name],
             torch.stack([loss(n, points) for n in stages[name]], 1),
             torch.cat(histories[name], 1),
+            lowest[name],
             now[name].width < WIDTH,
         )
         for name in moves
@@ -215,7 +229,7 @@ def probe(networks: Networks, rule: Data, setting: Setting) -> Probe:
     splits = splits.nonzero().flatten() if bool(splits.any()) else torch.arange(len(lowest))
     networks, rule = networks.at(splits), Data(*(t[splits] for t in vars(rule).values()))
     iterations = setting.iterations // 10
-    before, unsplit = loss(networks, rule), loss(setting.train(networks, rule, iterations)[0], rule)
+    before, unsplit = loss(networks, rule), loss(setting.train(networks, rule, iterations).networks, rule)
     values, vectors = torch.linalg.eigh(splitting_matrices(networks, rule))
     count, width = networks.w.shape
 
@@ -225,7 +239,7 @@ def probe(networks: Networks, rule: Data, setting: Setting) -> Probe:
         tried = concatenate([split_at(networks, k, d, length) for k, d in pairs])
         data = rule.repeat(len(neurons))
         if trained:
-            tried = setting.train(tried, data, iterations)[0]
+            tried = setting.train(tried, data, iterations).networks
             return (unsplit - loss(tried, data).view(-1, count)).T
         return (before - loss(tried, data).view(-1, count)).T / (length**2 / 2)
 
@@ -279,12 +293,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     rows = []
     for name, run in runs.items():
         low, median, high = quartiles(run.final)
-        rows.append([name, f"{median:.2e}", f"{low:.1e}", f"{high:.1e}", f"{float(run.final.max()):.1e}",
-                     str(int((run.final > 0.05 * power).sum())), str(int(run.stable.sum()))])  # fmt: skip
+        counts = [int(t.sum()) for t in (run.stuck(power), run.unsettled(power), run.stable)]
+        finals = [f"{median:.2e}", f"{low:.1e}", f"{high:.1e}", f"{float(run.final.max()):.1e}"]
+        rows.append([name, *finals, *map(str, counts)])
     print(f"{WIDTH} neurons, {args.seeds} targets, {args.iterations:,} iterations between growths", end="")
     print(", no step that raises the loss" if args.settle else "")
-    print(table(["final loss", "median", "quartile", "quartile", "worst", "stuck", "stable"], rows))
-    print("stuck: over 5 % of the target's variance is left; stable: no split helped, so it stopped growing")
+    judged = ["stuck", "unsettled", "stable"]
+    print(table(["final loss", "median", "quartile", "quartile", "worst", *judged], rows))
+    print(
+        f"stuck: over {100 * BOUND:.0f} % of the target's variance at every iteration of the last stage; "
+        "unsettled: at its\nlast one, but not at every one; stable: no split helped, so it stopped growing"
+    )
     gap = torch.cat([(loss(r.stages[-1], rule) / r.final - 1).abs() for r in runs.values()])
     close, most = int((gap < 0.01).sum()), float(gap.max())
     print(

@@ -74,7 +74,7 @@ def test_descent_takes_autograd_s_steps_and_holds_what_is_held() -> None:
     networks.free[:, 1] = False
     networks.alive[:, 3] = False
     networks.w[:, 3] = 0.0
-    found, history = descend(networks, data, 3, rate=0.05, every=1)
+    found, history, lowest = descend(networks, data, 3, rate=0.05, every=1)
     theta, w = networks.theta.clone(), networks.w.clone()
     expected = []
     for _ in range(3):
@@ -89,15 +89,19 @@ def test_descent_takes_autograd_s_steps_and_holds_what_is_held() -> None:
     torch.testing.assert_close(found.theta, theta)
     torch.testing.assert_close(found.w, w)
     torch.testing.assert_close(history, torch.stack(expected, 1))
+    last = loss(Networks(theta, w, networks.alive, networks.free), data)
+    torch.testing.assert_close(lowest, torch.stack([*expected, last], 1).amin(1))
 
 
 def test_descent_that_settles_never_raises_a_loss_and_is_plain_descent_where_that_does_not() -> None:
     """One network of a batch has a target that is too large for the rate."""
     networks, data = _networks(2, 4)
     data.y[1] *= 5
-    plain, jumps = descend(networks, data, 300, rate=0.1, every=1)
-    found, falls = descend(networks, data, 300, rate=0.1, every=1, settle=True)
+    plain, jumps, lowest = descend(networks, data, 300, rate=0.1, every=1)
+    found, falls, _ = descend(networks, data, 300, rate=0.1, every=1, settle=True)
     assert bool((jumps.diff(dim=1)[1] > 0).any())
+    torch.testing.assert_close(lowest, torch.minimum(jumps.amin(1), loss(plain, data)))
+    assert float(lowest[1]) < float(jumps[1, -1])
     assert bool((falls.diff(dim=1) <= 0).all())
     assert float(loss(found, data)[1]) <= float(falls[1, -1]) < float(falls[1, 0]) / 10
     torch.testing.assert_close(found.theta[0], plain.theta[0], rtol=0, atol=0)
@@ -263,7 +267,8 @@ def test_claims_follow_the_results() -> None:
                  "gradient boosting", "from scratch", "best of 100 new", "best new, trial", "Mixed",
                  "Mixed, trial"]  # fmt: skip
         values = {name: finals.get(name.split()[0].strip(","), torch.full((4, 1), 1e-3)) for name in names}
-        return {name: rbf.Run([], v, v, torch.zeros(4, dtype=torch.bool)) for name, v in values.items()}
+        none = torch.zeros(4, dtype=torch.bool)
+        return {name: rbf.Run([], v, v, v[:, 0], none) for name, v in values.items()}
 
     def verdicts(found: dict[str, object]) -> list[bool]:
         power = torch.ones(4)
@@ -281,6 +286,34 @@ def test_claims_follow_the_results() -> None:
         False,
         False,
     ]
+
+
+def test_a_network_is_stuck_only_if_its_loss_stays_high_for_the_whole_last_stage() -> None:
+    """Low at the end; high throughout; high at the end but not before; and with a loss that is no number."""
+    rbf = importlib.import_module("rbf")
+    power = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 100.0])
+    final = torch.tensor([0.01, 0.9, 0.9, torch.nan, torch.nan, 0.9])
+    lowest = torch.tensor([0.01, 0.06, 0.04, 0.06, 0.04, 0.9])
+    run = rbf.Run([], final[:, None], final[:, None], lowest, torch.zeros(6, dtype=torch.bool))
+    assert run.stuck(power).tolist() == [False, True, False, True, False, False]
+    assert run.unsettled(power).tolist() == [False, False, True, False, True, False]
+
+
+def test_mixed_is_judged_by_whether_it_stays_where_another_does_not() -> None:
+    """Unsettled is not caught; staying high where another method only passes by below the bound is."""
+    rbf = importlib.import_module("rbf")
+    power, none = torch.ones(1), torch.zeros(1, dtype=torch.bool)
+
+    def caught(mixed: float, other: float) -> bool:
+        lows = dict.fromkeys(["S2D", "best of 100 new"], 0.5) | {"random split": other, "Mixed": mixed}
+        lows["Mixed, trial"] = 0.5
+        high = torch.full((1, 1), 0.5)
+        runs = {name: rbf.Run([], high, high, torch.tensor([low]), none) for name, low in lows.items()}
+        return not rbf_claims.of_mixed(runs, power)[1].holds
+
+    assert caught(mixed=0.5, other=0.01)
+    assert not caught(mixed=0.01, other=0.5)
+    assert not caught(mixed=0.5, other=0.5)
 
 
 def test_tables_and_claims_read_well() -> None:

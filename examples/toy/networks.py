@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,10 +97,18 @@ def splitting_matrices(networks: Networks, data: Data) -> Tensor:
     return torch.einsum("bkq,biq,bjq->bkij", c, inputs, inputs)
 
 
+class Descent(NamedTuple):
+    """What gradient descent came to, and by which way."""
+
+    networks: Networks
+    history: Tensor  # (B, records): the losses before each ``every`` steps
+    lowest: Tensor  # (B,): the lowest loss of all iterations, before the first and after the last included
+
+
 def descend(
     networks: Networks, data: Data, steps: int, rate: float, every: int = 0, settle: bool = False
-) -> tuple[Networks, Tensor]:
-    """Gradient descent on all free weights; also the losses before each ``every`` steps, (B, records).
+) -> Descent:
+    """Gradient descent on all free weights.
 
     With ``settle`` a step that would raise a network's loss is not made, and its next is half as long; rates
     that were halved grow back to ``rate`` by a tenth a step.
@@ -107,6 +116,7 @@ def descend(
     slopes = _Slopes(networks, data)
     theta, w = networks.theta, networks.w
     losses, *turns = slopes(theta, w)
+    lowest = losses
     rates = torch.full_like(losses, rate)
     records = []
     for step in range(steps):
@@ -124,7 +134,9 @@ def descend(
             ]
             found = torch.where(stay, losses, found)
         (theta, w), losses, turns = ahead, found, after
-    return replace(networks, theta=theta, w=w), torch.stack(records, 1) if records else torch.empty(len(w), 0)
+        lowest = torch.fmin(lowest, losses)  # also past a loss that is not a number
+    history = torch.stack(records, 1) if records else torch.empty(len(w), 0)
+    return Descent(replace(networks, theta=theta, w=w), history, lowest)
 
 
 class _Slopes:

@@ -46,7 +46,7 @@ def of_theory(tried: Probe) -> list[Claim]:
 def of_methods(runs: dict[str, Run], power: Tensor) -> list[Claim]:
     """S2D, S3D and their rivals."""
     middle = _medians(runs)
-    stuck = {name: int((runs[name].final > 0.05 * power).sum()) for name in (S2D, S3D)}
+    stuck = {name: int(runs[name].stuck(power).sum()) for name in (S2D, S3D)}
     rivals = ("random split", "new initialisation", "gradient boosting", "from scratch")
     sweep = [S2D, *(name for name in runs if name.startswith("S3D m=2"))]
     wider = ("S3D m=3 c=3", "S3D m=4 c=3")
@@ -89,9 +89,10 @@ def of_mixed(runs: dict[str, Run], power: Tensor) -> list[Claim]:
     middle = _medians(runs)
     single = [name for name in runs if not name.startswith(("Mixed", "best"))]
     best = min(single, key=middle.__getitem__)
-    stuck = {name: run.final > 0.05 * power for name, run in runs.items()}
+    stuck = {name: run.stuck(power) for name, run in runs.items()}
     escapes = torch.stack([~stuck[name] for name in runs if not name.startswith("Mixed")]).any(0)
-    caught = int((stuck["Mixed"] & escapes).sum())
+    caught = (stuck["Mixed"] & escapes).nonzero().flatten().tolist()
+    loose = int(runs["Mixed"].unsettled(power).sum())
     strong = [name for name in runs if name.startswith("best")]
     wins = int((runs["Mixed"].final <= runs["best of 100 new"].final).sum())
     return [
@@ -104,8 +105,9 @@ def of_mixed(runs: dict[str, Run], power: Tensor) -> list[Claim]:
         Claim(
             "target",
             "Mixed is never stuck where another method escapes",
-            caught == 0,
-            f"in {caught} cases; S2D is stuck on {int(stuck[S2D].sum())} targets",
+            not caught,
+            f"in {len(caught)} cases{_ranges(runs['Mixed'], power, caught)}, and unsettled on {loose} "
+            f"targets; S2D is stuck on {int(stuck[S2D].sum())}",
         ),
         Claim(
             "target",
@@ -115,6 +117,17 @@ def of_mixed(runs: dict[str, Run], power: Tensor) -> list[Claim]:
             f"{wins} of {len(power)} targets",
         ),
     ]
+
+
+def _ranges(run: Run, power: Tensor, targets: list[int]) -> str:
+    """Between which losses the last stage goes on some targets: the same ones in a minimum."""
+    last = run.history[:, -(run.history.shape[1] // run.losses.shape[1]) :]
+    found = [
+        f"target {i}: the loss of the last stage between {float(run.lowest[i]):.2g} and "
+        f"{float(last[i].max()):.2g}, variance {float(power[i]):.2g}"
+        for i in targets
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def rank_correlations(a: Tensor, b: Tensor) -> Tensor:
