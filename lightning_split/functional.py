@@ -28,7 +28,7 @@ class Matrix(NamedTuple):
     """A raw matrix as it stands in a call."""
 
     owner: Owner
-    turned: bool = False  # whether it is transposed
+    turned: bool = False  # whether its last two axes are exchanged
     picked: int = 0  # number of leading axes along which one entry was picked, that of an expert, say
 
 
@@ -78,7 +78,7 @@ class RawMatrices(TorchFunctionMode):
             out = func(*args, **kwargs)
             matrix: Any = args[0] if args else None
             found = self.whose(matrix)
-            if found is not None and matrix.ndim == 2 and out.stride() == matrix.stride()[::-1]:
+            if found is not None and matrix.ndim > 1 and out.stride() == _turned(matrix.stride()):
                 self._views[out] = found._replace(turned=not found.turned)
             return out
         if name in _PICKS:
@@ -112,6 +112,11 @@ class RawMatrices(TorchFunctionMode):
                 ):
                     self._views[part] = found._replace(picked=found.picked + 1)
         return out
+
+
+def _turned(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the tensor with its last two axes exchanged."""
+    return (*strides[:-2], strides[-1], strides[-2])
 
 
 def port_of(kind: str, owner: Owner, axis: int) -> tuple[str, Port]:
@@ -160,7 +165,9 @@ def _product(
     bias: Tensor | None = None,
 ) -> Reading:
     """A vector, a matrix, or one matrix for each entry of the batch (the experts of a mixture)."""
-    read, make = (1, 0) if found.turned else (max(0, weight.ndim - 2), weight.ndim - 1)
+    read, make = max(0, weight.ndim - 2), weight.ndim - 1
+    if found.turned:
+        read, make = make, read
     fan = weight.shape[-2] if weight.ndim > 1 else len(weight)
     makes = None if weight.ndim == 1 else make + found.picked
     return Reading(found.owner, x, ((-1, read + found.picked),), makes, -1, fan, call, bias)

@@ -41,6 +41,7 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
     "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
     "experts": (lambda m, h: torch.bmm(h.expand(2, -1, -1), m.w).sum(0), (2, 5, 6)),
+    "experts, transposed": (lambda m, h: torch.bmm(h.expand(2, -1, -1), m.w.mT).sum(0), (2, 6, 5)),
     "experts one by one": (lambda m, h: h @ m.w[0] + F.linear(torch.sin(h), m.w[1].T), (2, 5, 6)),
     "unbound": (lambda m, h: sum(torch.einsum("bi,oi->bo", h, w) for w in m.w.unbind()), (2, 6, 5)),
     "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
@@ -61,6 +62,7 @@ def test_raw_matrices_grow_on_both_sides(name: str) -> None:
         "einsum",
         "einsum of several",
         "experts",
+        "experts, transposed",
         "experts one by one",
         "unbound",
     )
