@@ -191,7 +191,8 @@ def stored_sizes(parameter: Tensor) -> list[tuple[int, tuple[int, ...]]] | None:
     """How many numbers the model stores for an effective weight; ``None`` of a plain parameter.
 
     Returns:
-        For each original a factor, and the axes of the weight by whose lengths it is multiplied.
+        For each original a factor, and the axes of the weight by whose lengths it is multiplied. What a
+        parametrization has of its own does not grow.
     """
     source: Source | None = _BEHIND.get(parameter)
     if source is None:
@@ -202,7 +203,7 @@ def stored_sizes(parameter: Tensor) -> list[tuple[int, tuple[int, ...]]] | None:
         for axis in axes:
             rest //= max(1, parameter.shape[axis])
         found.append((rest, axes))
-    return found
+    return [*found, (source.others, ())] if source.others else found
 
 
 class _Weight(NamedTuple):

@@ -70,6 +70,11 @@ class Source(ABC):
         hidden: dict[str, Any] = {} if self.hook is None else vars(self.module)
         return tuple(hidden.get(key, self.store.get(key)) for key in self.keys)
 
+    @property
+    def others(self) -> int:
+        """How many numbers that can be trained take part besides, and do not grow."""
+        return 0
+
     def value(self) -> Tensor:
         """The weight now, detached."""
         return self.again(self.originals).clone(memory_format=torch.preserve_format)
@@ -220,6 +225,10 @@ class _Registered(Source):
     def __init__(self, several: Any, *args: Any) -> None:
         super().__init__(*args)
         self._several = several
+
+    @property
+    def others(self) -> int:
+        return sum(p.numel() for step in self._several for p in step.parameters())
 
     def again(self, originals: Sequence[Tensor]) -> Tensor:
         with self._apart():

@@ -632,6 +632,34 @@ def test_parameters_are_counted_as_the_model_stores_them(dim: int | None) -> Non
     assert arch.group("up").params == count() - before > 0
 
 
+def test_what_a_parametrization_has_of_its_own_is_counted_and_stays() -> None:
+    """A factor that is trained."""
+
+    class Times(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor([2.0, 1.0]))
+
+        def forward(self, w: Tensor) -> Tensor:
+            return w * self.factor.prod()
+
+        def right_inverse(self, w: Tensor) -> Tensor:
+            return w / self.factor.prod()
+
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    for layer in (model[0], model[2]):
+        parametrize.register_parametrization(layer, "weight", Times())
+    factor = model[2].parametrizations.weight[0].factor
+    before = sum(p.numel() for p in model.parameters())
+    report = grow(model, [x], lambda m, b: m(b).square().mean(), significance=None)
+    assert report.cost_before.params == before
+    assert report.cost_after.params == sum(p.numel() for p in model.parameters()) > before
+    assert model(x).square().mean().item() == pytest.approx(report.loss_after, rel=1e-12)
+    assert model[2].parametrizations.weight[0].factor is factor
+    model(x).sum().backward()
+    assert factor.grad is not None
+
+
 # optimizers and checkpoints -------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from lightning_split import Every, SplittingCallback, TopK, grow
 from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.measuring import undisturbed
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -75,7 +76,7 @@ def _state(model: nn.Module) -> list[Any]:
     return [
         [
             sorted(set(vars(m)) - {"_parameters", "_buffers"}),
-            m.training,
+            (type(m), m.training),
             {name: id(t) for name, t in m.named_parameters(recurse=False)},
             {name: id(t) for name, t in m.named_buffers(recurse=False)},
             [list(vars(m)[name]) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")],
@@ -124,14 +125,18 @@ def test_a_signal_at_any_instruction_of_a_measurement_leaves_no_trace(stride: in
 
 
 @pytest.mark.parametrize("points", [12, pytest.param(150, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+@pytest.mark.parametrize(
+    ("activation", "normed", "last"), [(nn.Tanh, (), 1000), (nn.ReLU, (), 1000), (nn.Tanh, (0, 3), 4000)]
+)
 def test_a_signal_at_any_instruction_of_a_growth_takes_it_back(
-    points: int, activation: type[nn.Module]
+    points: int, activation: type[nn.Module], normed: tuple[int, ...], last: int
 ) -> None:
-    """At instructions spread over the whole of it; in the last thousand it may be complete."""
+    """At instructions spread over the whole of it; in the last few it may be complete."""
     torch.manual_seed(0)
     batches = [(torch.randn(16, 5), torch.randn(16, 2)) for _ in range(6)]
     original = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), activation(), nn.Linear(4, 2)).train()
+    for place in normed:
+        weight_norm(original[place])
     options = {"strategy": TopK(count=2), "confirm_batches": batches[2:], "significance": None}
 
     def growth(model: nn.Module) -> Callable[[], Any]:
@@ -143,14 +148,14 @@ def test_a_signal_at_any_instruction_of_a_growth_takes_it_back(
         count = _instructions(growth(model))
     grown = model[0].out_features
     assert grown > 4
-    for number in np.linspace(1, count - 1000, points, dtype=int).tolist():
+    for number in np.linspace(1, count - last, points, dtype=int).tolist():
         model = copy.deepcopy(original)
         before = _state(model)
         with pytest.raises(KeyboardInterrupt):
             _interrupted(number, growth(model))
         assert (_state(model), _surroundings()) == (before, expected), f"instruction {number} of {count}"
     ends = set()
-    for number in range(count - 900, count, 60):
+    for number in range(count - last + 100, count, last // 16):
         model = copy.deepcopy(original)
         with suppress(KeyboardInterrupt):
             _interrupted(number, growth(model))
