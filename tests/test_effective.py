@@ -17,6 +17,7 @@ from lightning_split import (
     Exact,
     Folding,
     GradMax,
+    LineSearch,
     Mixed,
     SteepestSplitting,
     TopK,
@@ -302,6 +303,20 @@ def test_growth_leaves_out_what_a_parametrization_cannot_hold() -> None:
     assert 0 < len(split) < len(report.candidates)
     assert model(x).isfinite().all()
     assert loss_fn(model, (x, y)).item() == pytest.approx(report.loss_after, abs=1e-12)
+
+
+def test_a_line_search_ends_where_the_parametrization_does() -> None:
+    """Longer steps would lower the loss further, with weights that no exponential makes."""
+    model, x, y = positive(), torch.randn(64, 3), torch.tensor([0.5, 2.0]).expand(64, 2)
+
+    def loss_fn(m: nn.Module, batch: Any) -> Tensor:
+        return (m(batch[0]) - batch[1]).square().mean()
+
+    grower = SteepestSplitting(solver=Exact(), signed=False)
+    options: Any = {"strategy": TopK(count=1), "grower": grower, "significance": None}
+    report = grow(model, [(x, y)], loss_fn, step_size=LineSearch(0.05, 3.0), **options)
+    assert report.loss_after < report.loss_before - 0.01
+    assert loss_fn(model, (x, y)).item() == pytest.approx(report.loss_after, rel=1e-12)
 
 
 def test_only_the_split_that_goes_too_far_is_left_out() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from lightning_split import Every, SplittingCallback, TopK, grow
+from lightning_split import Every, SplittingCallback, TopK, grow, trace
 from lightning_split.interrupts import give_way, uninterrupted
 from lightning_split.measuring import undisturbed
 from torch import Tensor, nn
@@ -163,6 +163,24 @@ def test_a_signal_at_any_instruction_of_a_growth_takes_it_back(
         assert model[0].out_features == model[1].num_features == model[3].in_features
         assert _surroundings() == expected, f"instruction {number} of {count}"
     assert ends <= {4, grown}
+
+
+@pytest.mark.parametrize(("points", "stride"), [(3, 177), pytest.param(200, 31, marks=pytest.mark.slow)])
+def test_a_signal_while_weights_are_plain_waits_until_they_are_computed_again(
+    points: int, stride: int
+) -> None:
+    """At instructions spread over the whole of a trace, and close to each other where it begins and ends."""
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 5)
+    for place in (0, 2):
+        weight_norm(model[place])
+    for _ in range(2):
+        count = _instructions(lambda: trace(model, x))
+    before = _state(model), _surroundings()
+    whole = np.linspace(1, count, points, dtype=int).tolist()
+    for number in [*whole, *range(1, 3000, stride), *range(count - 2000, count, stride)]:
+        with suppress(KeyboardInterrupt):
+            _interrupted(number, lambda: trace(model, x))
+        assert (_state(model), _surroundings()) == before, f"a signal at instruction {number} of {count}"
 
 
 @pytest.mark.parametrize("where", ["instruction", "end"])
