@@ -24,6 +24,10 @@ class Data:
     y: Tensor  # (B, Q)
     mass: Tensor  # (B, Q), sums to 1
 
+    def at(self, index: Tensor | slice) -> Data:
+        """That of some of the networks."""
+        return Data(*(t[index] for t in (self.x, self.y, self.mass)))
+
     def repeat(self, times: int) -> Data:
         return Data(*(t.repeat(times, 1) for t in (self.x, self.y, self.mass)))
 
