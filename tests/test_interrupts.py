@@ -29,17 +29,22 @@ from torch.utils.data import DataLoader, TensorDataset
 def _interrupted(number: int, run: Callable[[], Any]) -> int:
     """Send SIGINT before the number-th instruction that Python carries out in a call.
 
+    Or before the next one outside of a weak reference's callback or a finaliser: Python drops what is raised
+    there.
+
     Returns:
         How many instructions there were.
     """
-    count = 0
+    count, due = 0, False
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal count
+        nonlocal count, due
         frame.f_trace_opcodes = True
         if event == "opcode":
             count += 1
-            if count == number:
+            due = due or count == number
+            if due and not _dropping(frame):
+                due = False
                 signal.raise_signal(signal.SIGINT)
         return trace
 
@@ -50,6 +55,15 @@ def _interrupted(number: int, run: Callable[[], Any]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def _dropping(frame: FrameType | None) -> bool:
+    """Whether the interpreter ignores exceptions of what runs."""
+    while frame is not None:
+        if frame.f_code.co_name in ("remove", "_remove", "remover", "__del__"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _instructions(run: Callable[[], Any]) -> int:
