@@ -287,8 +287,27 @@ def _without_culprits(
         search(names[:half])
         search(names[half:])
 
-    search([g.name for g in arch.groups if g.name in splits])
+    def alone(name: str) -> str | None:
+        return trial.broken_by(Surgery(model, splits[name], arch, hollow=hollow))
+
+    tried = [g for g in arch.groups if g.name in splits]
+    for kind in _kinds_of_pairs(model, tried):  # code that fixes a size of heads does so in every layer
+        why = alone(kind[0].name) if len(kind) > 1 else None
+        if why is not None:
+            reasons |= {group.name: why for group in kind}
+    search([g.name for g in tried if g.name not in reasons])
     return arch.without(reasons) if reasons else arch
+
+
+def _kinds_of_pairs(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Paired groups, sorted by the classes of the layers that read them and of the modules around."""
+    kinds: dict[Any, list[ChannelGroup]] = defaultdict(list)
+    for group in groups:
+        if group.paired:
+            reader = group.consumers[-1]
+            around = model.get_submodule(reader.rpartition(".")[0])
+            kinds[type(around), type(model.get_submodule(reader))].append(group)
+    return list(kinds.values())
 
 
 def _scaled(model: nn.Module, arch: Architecture, trial: _Trial) -> Architecture:
@@ -297,13 +316,7 @@ def _scaled(model: nn.Module, arch: Architecture, trial: _Trial) -> Architecture
     The nearest of three powers of the width shows where a group is twice as wide, and holds for all groups in
     modules of the same classes.
     """
-    kinds: dict[Any, list[ChannelGroup]] = defaultdict(list)
-    for group in arch.groups:
-        if group.paired and not _known_scale(arch, group):
-            reader = group.consumers[-1]
-            around = model.get_submodule(reader.rpartition(".")[0])
-            kinds[type(around), type(model.get_submodule(reader))].append(group)
-    for groups in kinds.values():
+    for groups in _kinds_of_pairs(model, [g for g in arch.groups if not _known_scale(arch, g)]):
         first, names = groups[0], [group.name for group in groups]
         still = torch.zeros(()).expand(2, first.dim)
         wide = [Split(first.name, i, (2.0, -1.0), still) for i in range(first.width)]

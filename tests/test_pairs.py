@@ -343,3 +343,30 @@ def test_splitting_matrices_of_queries_are_zero_and_cost_nothing() -> None:
     model, x = problem("one head")
     context = GrowthContext(model, trace(model, x), loss_of, [x])
     assert {c.group for c in SteepestSplitting().propose(context, step_size=0.01).candidates} == {"v"}
+
+
+def test_a_size_of_heads_that_the_code_fixes_is_found_out_once_for_all_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight layers of one class: queries are refused in each, by a few trials and not by a search."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (L(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (f(x).view(*x.shape[:2], 2, 2).transpose(1, 2) for f in (self.q, self.k))
+            return x + (q @ k.mT).softmax(-1).mean(1) @ self.v(x)
+
+    passes = []
+    monkeypatch.setattr(
+        verification._Trial,
+        "broken_by",
+        lambda trial, surgery, run=verification._Trial.broken_by: passes.append(1) or run(trial, surgery),
+    )
+    arch = trace(nn.Sequential(*(Fixed() for _ in range(8)), L(4, 2)), torch.randn(2, 5, 4))
+    refused = [u for u in arch.unsplittable if u.name.endswith(".q")]
+    assert len(refused) == 8
+    assert all("forward pass fails" in u.reason for u in refused)
+    assert len(passes) < 12
