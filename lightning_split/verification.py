@@ -291,10 +291,10 @@ def _without_culprits(
         return trial.broken_by(Surgery(model, splits[name], arch, hollow=hollow))
 
     tried = [g for g in arch.groups if g.name in splits]
-    for kind in _kinds_of_pairs(model, tried):  # code that fixes a size of heads does so in every layer
-        why = alone(kind[0].name) if len(kind) > 1 else None
-        if why is not None:
-            reasons |= {group.name: why for group in kind}
+    for first, *alike in _kinds_of_pairs(model, () if trial.values else tried):
+        why = alone(first.name) if alike else None
+        if why is not None:  # code that fixes a size of heads does so in every layer
+            reasons |= {first.name: why, **{g.name: f"{why} (in '{first.name}')" for g in alike}}
     search([g.name for g in tried if g.name not in reasons])
     return arch.without(reasons) if reasons else arch
 
@@ -348,6 +348,7 @@ class _Trial:
 
     def broken_by(self, surgery: Surgery) -> str | None:
         """Why these splits cannot be, or ``None`` if they can."""
+        surgery.apply()
         try:
             after = self._after(surgery)
         except Exception as error:
@@ -363,15 +364,16 @@ class _Trial:
 
     def distance(self, surgery: Surgery) -> float:
         """How far these splits, which have no ghosts, are from changing nothing."""
+        surgery.apply()
         try:
             after = self._after(surgery)
-        except Exception:
+        except Exception:  # why, the trial of the same group tells
             return math.inf
         found = _differences(self.expected, after, surgery, self.compare_outputs, self.values, ghosts=False)
         return max((far for _, far in found), default=0.0)
 
     def _after(self, surgery: Surgery) -> Readings:
-        surgery.apply()
+        """What the layers read after a surgery that was applied, which is taken back."""
         try:
             if self.values:
                 surgery.displace()
