@@ -25,6 +25,8 @@ class Candidate:
         cost: What the split adds if it is the only one, in the unit that the strategy asks for.
         splitting_index: The eigenvalue, or the value of the scheme, behind the gain.
         standard_error: Of the gain.
+        nearby: The gain once more and its standard error, if ``gain`` was measured further away than the step
+            and this closer to it.
         scheme: Name of the scheme.
         weights: Offspring weights, which sum to 1.
         displacements: ``(m, dim)``, one row per offspring, step size included.
@@ -42,6 +44,7 @@ class Candidate:
     cost: float = 1.0
     splitting_index: float | None = None
     standard_error: float = 0.0
+    nearby: tuple[float, float] | None = None
     scheme: str = "binary"
     weights: tuple[float, ...] = ()
     displacements: Tensor | None = field(default=None, compare=False, repr=False)
@@ -72,6 +75,7 @@ class Candidate:
             self,
             gain=self.gain * power,
             standard_error=self.standard_error * power,
+            nearby=None if self.nearby is None else (self.nearby[0] * power, self.nearby[1] * power),
             prediction=None if self.prediction is None else self.prediction * power,
             displacements=moved,
             outgoing=None if self.outgoing is None else ratio * self.outgoing,

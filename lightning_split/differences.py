@@ -78,12 +78,12 @@ class SplittingDifferences:
         Args:
             weights: ``{group name: (N, m)}``, offspring weights, which sum to 1.
             displacements: ``{group name: (N, D)}`` of the offspring with this number, new tensors.
-            far: ``{group name: (N,)}``, by what displacements are multiplied for the first term. Where
-                activations have kinks, few samples decide it at small distances.
+            far: ``{group name: (N,)}``, by what displacements are multiplied for the first term, measured a
+                second time. Where activations have kinks, few samples decide it at small distances.
 
         Returns:
-            Batch after batch ``{group name: (N, 2)}``, the terms of first and of second order in what
-            consumers read, in double precision on the CPU.
+            Batch after batch ``{group name: (N, 3)}``: the term of first order in what consumers read, far
+            away and as displaced, and that of second order, in double precision on the CPU.
 
         Raises:
             ValueError: If a loss is not a finite scalar that depends on the network, or two passes over the
@@ -92,13 +92,14 @@ class SplittingDifferences:
         for number, batch in enumerate(self._batches):
             first = self._precisely(partial(self._cut.first_pass, batch, number, values=True))
             moved = self._moved(batch, first, weights, displacements, far)
-            linear = self._slots.collect(first.places, moved, first.cotangents)
-            if not all(bool(values.isfinite().all()) for values in linear.values()):
+            distant = self._slots.collect(first.places, moved, first.cotangents)
+            if not all(bool(values.isfinite().all()) for values in distant.values()):
                 yield {
-                    name: linear[name][:, None].repeat(1, 2) for name in weights
+                    name: distant[name][:, None].repeat(1, 3) for name in weights
                 }  # for the caller to refuse
                 continue
             moved = self._moved(batch, first, weights, displacements)
+            close = self._slots.collect(first.places, moved, first.cotangents)
             signs = {name: self._signs(len(w)) for name, w in weights.items()}
             for change, sign in zip(moved, self._slots.spread(signs, first), strict=True):
                 change.mul_(sign)
@@ -110,7 +111,9 @@ class SplittingDifferences:
                 for i, c in second.cotangents.items()
             }
             curved = self._slots.collect(first.places, moved, bent)
-            yield {name: torch.stack([linear[name], curved[name] / 2], dim=1) for name in weights}
+            yield {
+                name: torch.stack([distant[name], close[name], curved[name] / 2], dim=1) for name in weights
+            }
 
     def _moved(
         self,

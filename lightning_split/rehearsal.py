@@ -10,9 +10,9 @@ from lightning_split.architecture import Architecture
 from lightning_split.curvature import LossFn
 from lightning_split.deciding import as_split
 from lightning_split.measuring import undisturbed
+from lightning_split.readings import Readings, readings, what_broke
 from lightning_split.selection import Candidate
 from lightning_split.surgery import Surgery
-from lightning_split.verification import Readings, readings, what_broke
 
 __all__ = ["checked_readings", "culprit", "first_break"]
 

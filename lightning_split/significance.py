@@ -7,6 +7,10 @@ drawn in *looks*, each as long as all before it, until the strategy would not ch
 believed every positive gain. The level is split over the looks, because who looks often finds something more
 often, in proportion to the batches that they have seen: most of it is left for the last.
 
+A gain that was measured further away than the growth's own step, where there is more to see (kinks), has to
+show close by as well: there, by itself, its :math:`t` has to reach the level ``NEARBY``. Of splits that pass
+far away but gain nothing at the step, this lets that share pass.
+
 What a growth is to lower is the training loss. Where the fresh batches are a good part of all that an epoch
 has, little of it is left unseen, and the standard error of the mean over the epoch is smaller than that of an
 endless stream by :math:`\sqrt{1 - n/N}` (sampling without replacement). With all batches seen, the gain is
@@ -29,10 +33,20 @@ from scipy.stats import t as student
 from lightning_split.candidates import Candidate
 from lightning_split.ranks import Ranks
 
-__all__ = ["FEWEST", "FIRST_LOOK", "NUM_LOOKS", "DrawnBatches", "FreshBatches", "GainTest", "passing"]
+__all__ = [
+    "FEWEST",
+    "FIRST_LOOK",
+    "NEARBY",
+    "NUM_LOOKS",
+    "DrawnBatches",
+    "FreshBatches",
+    "GainTest",
+    "passing",
+]
 
 FEWEST = 8  # with fewer batches there is no standard error to rely on, and nothing is tested
 FIRST_LOOK = 16  # below some 16 batches hardly anything passes (benchmarks/splitting_phase.py --splits)
+NEARBY = 0.05  # chosen together with the distances (docs, choosing settings)
 NUM_LOOKS = 3  # of an iterable of unknown length: 16, 32 and 64 batches
 
 
@@ -164,12 +178,19 @@ def passing(
     positive = gains > 0
     if not len(gains):
         return positive
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(positive, gains / errors, -np.inf)  # an error of zero leaves no doubt
-    p = np.minimum(1.0, alternatives * student.sf(ratio, num_batches - 1))
+    p = np.minimum(1.0, alternatives * _chances(gains, errors, num_batches))
     ranked = np.sort(p)
     below = np.flatnonzero(ranked <= level * np.arange(1, len(p) + 1) / len(p))
     return positive & (p <= ranked[below[-1]]) if len(below) else np.zeros(len(p), dtype=bool)
+
+
+def _chances(
+    gains: npt.NDArray[np.float64], errors: npt.NDArray[np.float64], num_batches: int
+) -> npt.NDArray[np.float64]:
+    """How likely noise alone would show so large a gain; an error of zero leaves no doubt."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(gains > 0, gains / errors, -np.inf)
+    return np.asarray(student.sf(ratio, num_batches - 1), dtype=np.float64)
 
 
 class GainTest:
@@ -195,11 +216,14 @@ class GainTest:
         """Of each candidate, whether its gain is significant; all pass that were not measured again."""
         if self._level is None or num_batches < FEWEST:
             return [True] * len(candidates)
-        gains = np.array([c.gain for c in candidates], dtype=np.float64)
-        errors = np.array([c.standard_error for c in candidates], dtype=np.float64)
-        errors *= 1.0 if self._fresh is None else math.sqrt(self._fresh.unseen)
+        at_hand = np.array([(c.gain, c.standard_error) for c in candidates], dtype=np.float64)
+        nearby = np.array([c.nearby or (math.inf, 0.0) for c in candidates], dtype=np.float64)
+        (gains, errors), (near, near_errors) = at_hand.reshape(-1, 2).T, nearby.reshape(-1, 2).T
+        unseen = 1.0 if self._fresh is None else math.sqrt(self._fresh.unseen)
         level = self._level * (1.0 if self._fresh is None else self._fresh.share)
-        return list(map(bool, passing(gains, errors, num_batches, level, alternatives)))
+        passed = passing(gains, unseen * errors, num_batches, level, alternatives)
+        passed &= _chances(near, unseen * near_errors, num_batches) <= NEARBY
+        return list(map(bool, passed))
 
     def choose(self, candidates: Sequence[Candidate], passed: Sequence[bool]) -> list[Candidate]:
         """What the strategy chooses of those that passed.

@@ -20,8 +20,9 @@ from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
 from lightning_split.operators import handler_of
+from lightning_split.readings import Readings
 from lightning_split.tally import Tally
-from lightning_split.verification import Readings, Run
+from lightning_split.verification import Run
 
 __all__ = ["Tracer"]
 

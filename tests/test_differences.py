@@ -56,7 +56,7 @@ def _predicted(
     step: float,
     far: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Both terms, averaged over the batches: ``(N, 2)``."""
+    """The first term far away and as displaced, and the second, averaged over the batches: ``(N, 3)``."""
     weights = {n: torch.tensor(WEIGHTS).expand(len(d), -1) for n, d in v.items()}
     moved = {n: step * torch.tensor(ALONG)[None, :, None] * d[:, None] for n, d in v.items()}
     further = {n: torch.full((len(d),), far) for n, d in v.items()}
@@ -102,12 +102,14 @@ def test_kinks_count_where_derivatives_are_blind_to_them() -> None:
     exact = _split_changes(model, arch, x, loss, v, 0.05)
     near = _predicted(model, arch, [x], loss, v, 0.05)
     far = _predicted(model, arch, [x], loss, v, 0.01, far=5.0)
+    closer = _predicted(model, arch, [x], loss, v, 0.01)
     for group, change in near.items():
         scale = float(exact[group].abs().max())
         assert scale > 1e-6
         torch.testing.assert_close(change[:, 0], exact[group], rtol=0.05, atol=0.02 * scale)
         torch.testing.assert_close(far[group][:, 0], change[:, 0])
-        assert 0 < float(far[group][:, 1].sum()) < 0.1 * float(change[:, 1].sum())
+        torch.testing.assert_close(far[group][:, 1], closer[group][:, 1])
+        assert 0 < float(far[group][:, 2].sum()) < 0.1 * float(change[:, 2].sum())
 
 
 def test_the_second_term_is_the_curvature_of_what_comes_after() -> None:
@@ -118,8 +120,8 @@ def test_the_second_term_is_the_curvature_of_what_comes_after() -> None:
     exact = _split_changes(model, arch, x, loss, v, 1.0)
     for group, change in _predicted(model, arch, [x] * 400, loss, v, 1.0).items():
         left = (exact[group] - change[:, 0]).abs()
-        assert float((exact[group] - change.sum(1)).abs().max()) < 0.1 * float(left.max())
-        assert float(change[:, 1].sum()) > 0
+        assert float((exact[group] - change[:, 1:].sum(1)).abs().max()) < 0.1 * float(left.max())
+        assert float(change[:, 2].sum()) > 0
 
 
 def test_without_autocast_if_that_can_be() -> None:

@@ -224,6 +224,14 @@ def test_kinked_networks_are_confirmed_by_what_splits_really_change(
         assert candidate.gain == pytest.approx(float(gains.mean()), rel=1e-6, abs=1e-18)
         assert candidate.standard_error == pytest.approx(float(gains.std()) / 3, rel=1e-6, abs=1e-18)
         assert candidate.gain == pytest.approx(-candidate.splitting_index * step**2 / 2)
+        longer = max(1.0, 0.03 * float(theta[candidate.neuron].norm()) / step)
+        grown = copy.deepcopy(model)
+        moved = longer * candidate.displacements
+        split_neurons(grown, [Split("0", candidate.neuron, candidate.weights, moved)], arch=arch)
+        with torch.no_grad():
+            gains = torch.stack([loss(model, b) - loss(grown, b) for b in fresh]) / longer**2
+        mean_and_error = float(gains.mean()), float(gains.std()) / 3
+        assert candidate.nearby == pytest.approx(mean_and_error, rel=1e-6, abs=1e-15)
     # Without being asked for all, the scheme that promised most is measured, and no other.
     estimates, schemed = (
         proposals[0].estimated_gain,
@@ -262,6 +270,25 @@ def test_the_curvature_of_the_rest_counts_at_the_step_of_the_growth(step: float)
         expected.append(-first - outputs[1].square().mean())
         assert float(outputs[1].square().mean()) > 1e-3 * float(first.abs())
     assert candidate.gain == pytest.approx(float(torch.stack(expected).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [0.2, 0.05, 0.01])
+def test_a_gain_is_measured_once_more_close_by(step: float) -> None:
+    """A square loss: by how much it really changes at the step, or at 0.03 of the norm, scaled."""
+    model, y = _one_layer(1), 3 * torch.randn(300, 3)
+    arch, loss = trace(model, torch.randn(300, 5)), (lambda m, b: (m(b) - y).square().mean())
+    fresh = [torch.randn(300, 5) for _ in range(3)]
+    context = GrowthContext(model, arch, loss, fresh[:1], FreshBatches(fresh))
+    (candidate,) = SteepestSplitting(solver=Exact()).propose(context, step_size=step).candidates
+    norm = float(torch.cat([model[0].weight, model[0].bias[:, None]], dim=1).detach().norm())
+    longer = max(1.0, 0.03 * norm / step)
+    grown = copy.deepcopy(model)
+    moved = longer * candidate.displacements
+    split_neurons(grown, [Split("0", 0, candidate.weights, moved)], arch=arch)
+    gains = torch.stack([loss(model, b) - loss(grown, b) for b in fresh]).detach() / longer**2
+    expected = float(gains.mean()), float(gains.std()) / 3**0.5
+    assert candidate.nearby == pytest.approx(expected, rel=1e-6, abs=1e-15)
+    assert float(gains.std()) > 0
 
 
 def test_neurons_without_weights_are_measured_too() -> None:

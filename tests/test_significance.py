@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -97,6 +98,25 @@ class _Counting:
         for i in range(self._size):
             self.drawn += 1
             yield i
+
+
+def test_a_gain_has_to_show_close_by_too() -> None:
+    """What was measured far away passes only if noise would show as much near the step once in twenty."""
+    least = float(stats.t.isf(0.05, 15))
+    near = [None, (1.01 * least, 1.0), (0.99 * least, 1.0), (-3.0, 1.0), (1e-9, 0.0), (0.0, 0.0)]
+    offered = [Candidate("g", i, 9.0, standard_error=1.0, nearby=n) for i, n in enumerate(near)]
+    test = GainTest(TopK(count=9).select, 0.01)
+    assert test.passed(offered, 16) == [True, True, False, False, True, False]
+    assert test.passed([dataclasses.replace(c, gain=1.0) for c in offered], 16) == [False] * 6
+    assert test.passed([], 16) == []
+    fresh = FreshBatches(DrawnBatches([torch.zeros(1)] * 16, lambda n: [], 16, population=20))
+    list(fresh.looks())  # of twenty batches sixteen were seen
+    test = GainTest(TopK(count=9).select, 0.01, fresh)
+    for share, enough in ((1.01, True), (0.99, False)):
+        once_more = share * least * 0.2**0.5, 1.0
+        assert test.passed([dataclasses.replace(offered[1], nearby=once_more)], 16) == [enough]
+    displaced = dataclasses.replace(offered[1], displacements=torch.ones(2, 3))
+    assert displaced.at(2.0).nearby == pytest.approx((4.04 * least, 4.0))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ Vectors = dict[str, Tensor]
 # At a small step only samples close to a kink count, and little passes; further away other kinks do. Chosen
 # by the share that passes and the share of it that helps (docs, choosing settings).
 _FAR = 0.2
-_NEAR = 0.01  # below, differences of the second order would drown in rounding
+_NEAR = 0.03
 
 
 class Measure(ABC):
@@ -51,6 +51,10 @@ class Measure(ABC):
     @abstractmethod
     def values(self, samples: Tensor) -> Tensor:
         """Values of the schemes, ``(batches, N, K)``: the loss changes by ε²/2 times these."""
+
+    def nearby(self, samples: Tensor) -> Tensor | None:
+        """What :meth:`values` would be closer to the step of the growth, if they are measured far from it."""
+        return None
 
     def quotients(self, samples: Tensor) -> Tensor | None:
         """The Rayleigh quotients of both extreme vectors, ``(N, 2)``, if they were measured."""
@@ -86,7 +90,8 @@ class Differences(Measure):
     That has two terms (:mod:`lightning_split.differences`). The first is measured with the offspring further
     away than in the growth itself, if its steps are small: 0.2 of the norm of the neuron's weights. The
     second, the curvature of the rest of the network, goes with the cube of the step where there are kinks.
-    It is measured at the growth's own, or at 0.01 of the norm if that is more.
+    It is measured at the growth's own, or at 0.03 of the norm if that is more; and so is the first once more,
+    because what is a gain far away need not be one close by.
 
     Args:
         context: The network. Unless it wants all schemes, a neuron is judged by the one that promises most.
@@ -123,8 +128,10 @@ class Differences(Measure):
             near = torch.where(near > 0, near, _NEAR)
             far = torch.maximum(far, near)
             self._far[name] = far / near
-            # Both terms over ε²/2; below the shortest distance the second goes on as the cube of it.
-            self._scales[name] = torch.stack([2 / far**2, 2 / near**2 * (step / near)], dim=1)
+            # Over ε²/2; below the shortest distance the second term goes on as the cube of it.
+            square = 2 / near**2
+            far_terms = torch.stack([2 / far**2, torch.zeros_like(near), square * (step / near)])
+            self._scales[name] = torch.stack([far_terms, square * torch.tensor([[0.0], [1.0], [1.0]])], dim=2)
             lengths_near[name] = near.double().cpu()[:, None, None]
         for k in range(next(iter(self.offered.values())).shape[1]):
             chosen = {name: offered[:, k] for name, offered in self.offered.items()}
@@ -142,7 +149,8 @@ class Differences(Measure):
         for weights, along in self._splits:
             changes = list(differences.changes(weights, partial(self._offspring, along), self._far))
             for name, scale in self._scales.items():
-                found[name].append(torch.stack([(change[name] * scale).sum(1) for change in changes]))
+                terms = [torch.einsum("nt,tnd->nd", change[name], scale) for change in changes]
+                found[name].append(torch.stack(terms))
         values = {name: torch.stack(columns, dim=2) for name, columns in found.items()}
         both = self._context.ranks.gather_of(values)
         _check_finite(both, "changes of the loss by splits")
@@ -159,7 +167,11 @@ class Differences(Measure):
 
     def values(self, samples: Tensor) -> Tensor:
         """See :meth:`Measure.values`."""
-        return samples
+        return samples[..., 0]
+
+    def nearby(self, samples: Tensor) -> Tensor:
+        """See :meth:`Measure.nearby`."""
+        return samples[..., 1]
 
 
 def rayleigh_quotients(operator: SplittingOperator, pairs: Pairs, ranks: Ranks) -> dict[str, Tensor]:

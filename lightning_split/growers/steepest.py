@@ -118,8 +118,10 @@ class _Splits(Draft):
             for n, p in pairs.items()
         }
         values = {n: estimate[None] for n, estimate in estimated.items()}
+        nearby: dict[str, Tensor | None] = dict.fromkeys(pairs)
         if samples is not None:
             values = {n: self._measure.values(samples[n]) for n in pairs}
+            nearby = {n: self._measure.nearby(samples[n]) for n in pairs}
             again = {n: self._measure.quotients(samples[n]) for n in pairs}
             self.eigenpairs = {
                 n: p if (values_of := again[n]) is None else replace(p, values=values_of.to(p.values))
@@ -133,6 +135,7 @@ class _Splits(Draft):
                 group.name,
                 found.vectors.cpu(),
                 values[group.name],
+                nearby[group.name],
                 estimated[group.name],
                 [[self._schemes[k] for k in row] for row in self._measure.offered[group.name].tolist()],
                 self._lengths[group.name],
@@ -145,6 +148,7 @@ def _candidates(
     name: str,
     vectors: Tensor,
     values: Tensor,
+    nearby: Tensor | None,
     before: Tensor,
     offered: list[list[Scheme]],
     lengths: Tensor,
@@ -157,15 +161,15 @@ def _candidates(
         name: Name of the group.
         vectors: ``(N, 2, D)``, its directions.
         values: ``(batches, N, K)``, what the schemes are judged by.
+        nearby: The same closer to the step, if ``values`` are measured far from it.
         before: ``(N, K)``, what they were estimated to be.
         offered: The K schemes of each neuron.
         lengths: ``(N,)``, ε of every neuron.
         every: Whether to offer every scheme.
     """
-    mean = values.mean(0)
-    count = len(values)
-    error = values.std(0, unbiased=True) / count**0.5 if count > 1 else torch.zeros_like(mean)
+    mean, error = _mean(values)
     best, means, errors, estimates = (t.tolist() for t in (mean.argmin(1), mean, error, before))
+    near = None if nearby is None else [t.tolist() for t in _mean(nearby)]
     for neuron, length in enumerate(lengths.tolist()):
         scale = length**2 / 2
         for k in range(len(offered[neuron])) if every else [best[neuron]]:
@@ -177,8 +181,15 @@ def _candidates(
                 gain=-scale * value,
                 splitting_index=value,
                 standard_error=scale * errors[neuron][k],
+                nearby=None if near is None else (-scale * near[0][neuron][k], scale * near[1][neuron][k]),
                 scheme=scheme.name,
                 weights=scheme.weights,
                 displacements=length * torch.tensor(scheme.along, dtype=vectors.dtype) @ vectors[neuron],
             )
             yield candidate, -scale * estimates[neuron][k]
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the batches, and its standard error."""
+    mean, count = values.mean(0), len(values)
+    return mean, values.std(0, unbiased=True) / count**0.5 if count > 1 else torch.zeros_like(mean)
