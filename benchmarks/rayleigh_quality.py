@@ -8,8 +8,8 @@ samples divided by the smallest eigenvalue on all data, the 10 % quantile, and t
 Only neurons count whose smallest eigenvalue on all data is at least 5 % of the median in absolute value. The
 eigenvalues on all data come from Lanczos with --exact products; the largest relative residual is printed.
 
-Two kinds of rows are ceilings. "exact, of the sample" are the eigenvectors of the very matrices that the
-batches of the row estimate: no solver that sees these batches alone finds others. "exact, of all data" has
+Two kinds of rows show what the data allows. "exact, of the sample" are the eigenvectors of the very matrices
+that the batches of the row estimate, to which every solver goes that is given time. "exact, of all data" has
 seen the held-out samples too; the curvature there is still not that of all data, so its quotient is not 1.
 """
 

@@ -180,7 +180,7 @@ on {cores} cores, and *memory* is the peak of `trace` over that of one forward p
 
 {summary}
 
-What is left alone has a mathematical reason, named below the table.
+What is left alone, and why, is named below the table.
 
 | model | groups | neurons | channels that can be split | deviation | forward | trace | memory |
 |---|---:|---:|---:|---:|---:|---:|---:|

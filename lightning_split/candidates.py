@@ -25,8 +25,6 @@ class Candidate:
         cost: What the split adds if it is the only one, in the unit that the strategy asks for.
         splitting_index: The eigenvalue, or the value of the scheme, behind the gain.
         standard_error: Of the gain.
-        nearby: The gain once more and its standard error, if ``gain`` was measured further away than the step
-            and this closer to it.
         scheme: Name of the scheme.
         weights: Offspring weights, which sum to 1.
         displacements: ``(m, dim)``, one row per offspring, step size included.
@@ -36,6 +34,8 @@ class Candidate:
         order: The gain goes with this power of the step size.
         prediction: Predicted decrease of the loss, where ``gain`` is only a score to choose by; default
             the gain.
+        nearby: The gain once more and its standard error, if ``gain`` was measured further away than the step
+            and this closer to it.
     """
 
     group: str
@@ -44,7 +44,6 @@ class Candidate:
     cost: float = 1.0
     splitting_index: float | None = None
     standard_error: float = 0.0
-    nearby: tuple[float, float] | None = None
     scheme: str = "binary"
     weights: tuple[float, ...] = ()
     displacements: Tensor | None = field(default=None, compare=False, repr=False)
@@ -53,6 +52,7 @@ class Candidate:
     fixed: Tensor | None = field(default=None, compare=False, repr=False)
     order: int = 2
     prediction: float | None = None
+    nearby: tuple[float, float] | None = None
 
     @property
     def num_new(self) -> int:

@@ -118,30 +118,29 @@ def _without_culprits(
     """The architecture, less the groups whose splits the trial does not pass."""
     reasons: dict[str, str] = {}
 
-    def search(names: Sequence[str]) -> None:
-        if not names:
-            return
-        surgery = Surgery(model, [s for name in names for s in splits[name]], arch, hollow=hollow)
-        why = trial.broken_by(surgery)
-        if why is None:
-            return
-        if len(names) == 1:
-            reasons[names[0]] = why
-            return
-        del surgery  # and with it the memory of the new tensors
-        half = len(names) // 2
-        search(names[:half])
-        search(names[half:])
+    def broken(names: Sequence[str]) -> str | None:
+        together = [s for name in names for s in splits[name]]
+        return trial.broken_by(Surgery(model, together, arch, hollow=hollow)) if names else None
 
-    def alone(name: str) -> str | None:
-        return trial.broken_by(Surgery(model, splits[name], arch, hollow=hollow))
+    def search(names: Sequence[str], why: str | None) -> None:
+        if why is not None and len(names) == 1:
+            reasons[names[0]] = why
+        elif why is not None:
+            half = len(names) // 2
+            for part in (names[:half], names[half:]):
+                search(part, broken(part))
 
     tried = [g for g in arch.groups if g.name in splits]
-    for first, *alike in _kinds_of_pairs(model, () if trial.values else tried):
-        why = alone(first.name) if alike else None
-        if why is not None:  # code that fixes a size of heads does so in every layer
-            reasons |= {first.name: why, **{g.name: f"{why} (in '{first.name}')" for g in alike}}
-    search([g.name for g in tried if g.name not in reasons])
+    names = [g.name for g in tried]
+    why = broken(names)
+    for first, *alike in _kinds_of_pairs(model, () if trial.values or why is None else tried):
+        alone = broken([first.name]) if alike else None
+        if alone is not None:  # code that fixes a size of heads does so in every layer
+            reasons |= {first.name: alone, **{g.name: f"{alone} (in '{first.name}')" for g in alike}}
+    if reasons:
+        names = [name for name in names if name not in reasons]
+        why = broken(names)
+    search(names, why)
     return arch.without(reasons) if reasons else arch
 
 
