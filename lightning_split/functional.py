@@ -1,8 +1,8 @@
 """Raw matrices: parameters of modules without a rule that a forward pass multiplies activations with.
 
-``x @ self.weight``, ``F.linear(x, self.weight)``, ``F.conv2d(x, self.weight)`` and ``torch.einsum`` with such
-a matrix read neurons along one of its axes and make neurons along another, like a layer. Which axes those are
-shows in the call.
+``x @ self.weight``, ``self.weight @ x``, ``F.linear(x, self.weight)``, ``F.conv2d(x, self.weight)`` and
+``torch.einsum`` with such a matrix read neurons along one of its axes and make neurons along another, like a
+layer. Which axes those are shows in the call.
 """
 
 from __future__ import annotations
@@ -137,11 +137,23 @@ def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = N
 def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
     if len(args) != 2 or kwargs or not all(isinstance(t, Tensor) for t in args):
         return None
-    x, weight = args
-    found = mode.whose(weight)
-    if found is None or mode.whose(x) is not None or not x.ndim:
+    left, right = args
+    first, second = map(mode.whose, args)
+    if first is not None and second is None and left.ndim > 1 and right.ndim:
+        return _from_the_left(first, left, right, lambda x: func(left, x))
+    if second is None or first is not None or not left.ndim:
         return None
-    return _product(found, x, weight, lambda x: func(x, weight))
+    return _product(second, left, right, lambda x: func(x, right))
+
+
+def _from_the_left(found: Matrix, weight: Tensor, x: Tensor, call: Callable[[Tensor], Tensor]) -> Reading:
+    """``weight @ x``: what is read lies along the last axis but one, as what is made does."""
+    make, read = weight.ndim - 2, weight.ndim - 1
+    if found.turned:
+        read, make = make, read
+    axis = -2 if x.ndim > 1 else -1
+    reads = ((axis, read + found.picked),)
+    return Reading(found.owner, x, reads, make + found.picked, axis, weight.shape[-1], call)
 
 
 def _added(

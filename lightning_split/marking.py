@@ -20,8 +20,8 @@ __all__ = ["Watcher", "watched"]
 class Watcher:
     """Sees every place where neurons are read or made; this one changes nothing."""
 
-    def concerns(self, x: Tensor, axis: int) -> bool:
-        """Whether a product with a raw matrix over this axis of ``x`` may be one with neurons."""
+    def concerns(self, owner: tuple[str, str], x: Tensor, axis: int) -> bool:
+        """Whether a product of a raw matrix and ``x`` over this axis may be one with neurons."""
         return True
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
@@ -71,7 +71,9 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor | None:
     """A product with a raw matrix, unless it is a layer's own business."""
-    reads = [] if sealed[0] else [r for r in reading.reads if watcher.concerns(reading.x, r[0])]
+    reads = (
+        [] if sealed[0] else [r for r in reading.reads if watcher.concerns(reading.owner, reading.x, r[0])]
+    )
     if not reads:
         return None
     owner, x = reading.owner, reading.x

@@ -14,7 +14,7 @@ from lightning_split.calls import CallMode
 from lightning_split.constants import storage_key
 from lightning_split.effective import originals_of
 from lightning_split.grouping import Findings
-from lightning_split.labels import BookKeeping, LabelMode, stored_once
+from lightning_split.labels import BookKeeping, LabelMode, Owner, stored_once
 from lightning_split.layers import LayerRule, Port, layer_tensors, port_kind, rule_for
 from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
@@ -41,11 +41,15 @@ class Tracer(Watcher):
         batch_size: int,
         outputs_count: bool,
         follow: Callable[[Any], None],
-        positional: frozenset[str],
+        positional: frozenset[str | Owner],
     ) -> None:
         self.model = model
         self.example = example
-        self._across: dict[str, set[str]] = {}  # layers that met neurons along another axis: and whose
+        # Layers, and raw matrices, that met neurons along another axis: and whose.
+        self._across: dict[str | Owner, set[str]] = {}
+        self._multiplied: set[Owner] = (
+            set()
+        )  # raw matrices that met neurons, or nobody's values, along theirs
         self._positional = positional  # those that leave such neurons what they are
         self.count_uses = True
         self._run = run
@@ -233,13 +237,21 @@ class Tracer(Watcher):
             if tensor.ndim and rule.role == "mixer":
                 self.found.declined[path] = why, tensor.shape[rule.neuron_axis(layer, tensor)]
 
-    def positional(self, arch: Architecture) -> frozenset[str]:
-        """Layers along whose inputs neurons lie otherwise, and which make none that can be split."""
-        growing = {path for group in arch.groups for path in group.producers}
-        found: set[str] = set()
-        for path, makers in self._across.items():  # in the order of the calls
-            if path not in growing and not makers & found:
-                found.add(path)
+    def positional(self, arch: Architecture) -> frozenset[str | Owner]:
+        """Layers along whose inputs neurons lie otherwise, and which make none that can be split.
+
+        And raw matrices of which that is true in some products, but not in all.
+        """
+        growing: set[str | Owner] = {path for group in arch.groups for path in group.producers}
+        growing |= {(block.module, block.tensor) for group in arch.groups for block in group.theta}
+        found: set[str | Owner] = set()
+        for who, makers in self._across.items():  # in the order of the calls
+            if (
+                who not in growing
+                and not makers & found
+                and (isinstance(who, str) or who in self._multiplied)
+            ):
+                found.add(who)
         return frozenset(found)
 
     def _simple(self, path: str) -> bool:
@@ -259,12 +271,31 @@ class Tracer(Watcher):
             self._mode.inside -= 1
             self.found.tally.paused -= 1
 
-    def concerns(self, x: Tensor, axis: int) -> bool:
+    def concerns(self, owner: Owner, x: Tensor, axis: int) -> bool:
         """Weights of positions are the same for all neurons; such a product is an operator like others."""
+        if owner in self._positional:
+            return False
+        if self._lies_otherwise(x, axis):
+            self._across.setdefault(owner, set()).update(self._makers(x))
+            return False
+        self._multiplied.add(owner)
+        return True
+
+    def _lies_otherwise(self, x: Tensor, axis: int) -> bool:
+        """Whether neurons lie along another axis than this one."""
         labels = self._mode.get(x)
         with BookKeeping():
             vary = [] if labels is None else self._mode.varying(labels)
-        return not any(v for d, v in enumerate(vary) if d != axis % x.ndim)
+        return any(v for d, v in enumerate(vary) if d != axis % x.ndim)
+
+    def _makers(self, x: Tensor) -> set[str]:
+        """The layers whose neurons these are."""
+        labels = self._mode.get(x)
+        if labels is None:
+            return set()
+        with BookKeeping():
+            ids = stored_once(labels)
+            return {key[0] for key, made in self._made.items() if bool(torch.isin(ids, made).any())}
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
         """Let a layer consume the labels of its input."""
@@ -374,11 +405,8 @@ class Tracer(Watcher):
     def _consume(self, path: str, port: Port, x: Tensor, axis: int) -> None:
         mode, layer = self._mode, self.found.layers[path]
         size, tiles, kind = loose_size(self.found.raw[path], port), 1, type(layer).__name__
-        labels = mode.get(x)
-        if size is None and labels is not None and not self.concerns(x, axis) and self._simple(path):
-            ids = stored_once(labels)
-            makers = {key[0] for key, made in self._made.items() if bool(torch.isin(ids, made).any())}
-            self._across.setdefault(path, set()).update(makers)
+        if size is None and self._lies_otherwise(x, axis) and self._simple(path):
+            self._across.setdefault(path, set()).update(self._makers(x))
         if size is None:
             rule = self.found.rules[path]
             size, tiles = rule.port_size(layer, port), rule.tiles(layer)

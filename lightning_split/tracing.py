@@ -12,6 +12,7 @@ from lightning_split.architecture import Architecture
 from lightning_split.counting import priced
 from lightning_split.effective import EffectiveWeights
 from lightning_split.followers import led
+from lightning_split.labels import Owner
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
@@ -115,7 +116,8 @@ def _traced(
             positional = tracer.positional(arch)
             if positional:  # what they make cannot grow, and keeps other neurons from growing
                 second = _labelled(model, run, example, outline, compare_outputs, positional)
-                if _num_neurons(second[1]) > _num_neurons(arch):
+                gained = _num_neurons(second[1]) - _num_neurons(arch)
+                if gained > 0 or (gained == 0 and any(isinstance(who, tuple) for who in positional)):
                     tracer, arch = second
                 del second
             hollow = tracer.example is not example
@@ -137,7 +139,7 @@ def _labelled(
     example: Any,
     outline: Outline,
     compare_outputs: bool,
-    positional: frozenset[str] = frozenset(),
+    positional: frozenset[str | Owner] = frozenset(),
 ) -> tuple[Tracer, Architecture]:
     """What labels tell in both modes, with a note on what could not be seen."""
 

@@ -38,6 +38,10 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "linear, transposed": (lambda m, h: F.linear(h, m.w.t()) + m.b, (5, 6)),
     "matmul": (lambda m, h: h @ m.w + m.b, (5, 6)),
     "matmul, transposed": (lambda m, h: torch.matmul(h, m.w.T) * m.b, (6, 5)),
+    "from the left": (lambda m, h: (m.w @ h[..., None]).squeeze(-1) + m.b, (6, 5)),
+    "from the left, transposed": (lambda m, h: torch.mm(m.w.T, h.T).T + m.b, (5, 6)),
+    "one by one, from the left": (lambda m, h: torch.stack([m.w @ x for x in h]) + m.b, (6, 5)),
+    "experts from the left": (lambda m, h: torch.bmm(m.w, h.T.expand(2, -1, -1)).sum(0).T, (2, 6, 5)),
     "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
     "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
     "experts": (lambda m, h: torch.bmm(h.expand(2, -1, -1), m.w).sum(0), (2, 5, 6)),
@@ -62,6 +66,7 @@ def test_raw_matrices_grow_on_both_sides(name: str) -> None:
         "einsum",
         "einsum of several",
         "experts",
+        "experts from the left",
         "experts, transposed",
         "experts one by one",
         "unbound",
@@ -319,6 +324,19 @@ def test_products_over_positions_cost_no_neuron() -> None:
 
     model = net(fwd, conv=nn.Conv1d(2, 4, 3), mix=matrix(6, 5), bias=matrix(5), c=lin(4, 2))
     assert_grows(model, torch.randn(3, 2, 8), groups=["conv"], rounds=1)
+
+
+@pytest.mark.parametrize("over", [lambda g, x: g @ x, lambda g, x: (x.mT @ g).mT])
+def test_a_learned_graph_is_the_same_for_all_neurons(over: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A matrix over the nodes, before the first layer, where it might make neurons, and after it."""
+
+    def fwd(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(over(m.graph, x)))
+        h = torch.tanh(m.b(over(m.graph, h)))
+        return m.c(h.mean(1))
+
+    model = net(fwd, graph=matrix(7, 7), a=lin(3, 5), b=lin(5, 4), c=lin(4, 2))
+    assert_grows(model, torch.randn(3, 7, 3), groups=["a", "b"], rounds=1)
 
 
 # what is refused -----------------------------------------------------------------------------------
