@@ -197,15 +197,16 @@ def _conv(
     groups: int = 1,
 ) -> Reading | None:
     found = mode.whose(weight)
-    if found is None or found.picked or groups != 1 or mode.whose(input) is not None:
+    if found is None or found.turned or groups != 1 or mode.whose(input) is not None:
         return None
     axis = 1 - weight.ndim
     if bias is not None:
         bias = bias.view(-1, *[1] * (weight.ndim - 2))
     rest = stride, padding, dilation, groups
     fan = weight.numel() // len(weight)
+    reads = ((axis, found.picked + 1),)
     return Reading(
-        found.owner, input, ((axis, 1),), 0, axis, fan, lambda x: func(x, weight, None, *rest), bias
+        found.owner, input, reads, found.picked, axis, fan, lambda x: func(x, weight, None, *rest), bias
     )
 
 

@@ -51,6 +51,10 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
     "factors by name": (lambda m, h: m.b.addmm(mat1=h, mat2=m.w), (5, 6)),
     "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
+    "convolutions one by one": (
+        lambda m, h: sum(F.conv1d(h[..., None], m.w[e]).squeeze(-1) for e in (0, 1)),
+        (2, 6, 5, 1),
+    ),
 }
 
 
@@ -70,6 +74,7 @@ def test_raw_matrices_grow_on_both_sides(name: str) -> None:
         "experts, transposed",
         "experts one by one",
         "unbound",
+        "convolutions one by one",
     )
     assert arch.group("(root)").dim == 5 * (2 if shape[0] == 2 else 1) + added
     assert "" in arch.group("a").consumers
