@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_split.architecture import Architecture, ChannelGroup
+from lightning_split.layers import rule_for
 from lightning_split.measuring import batch_size, fixed_statistics, undisturbed
 from lightning_split.readings import Readings, differences, readings, what_broke
 from lightning_split.surgery import Split, Surgery
@@ -81,11 +82,11 @@ def verified_values(
     size = batch_size(example)
     samples = min(size, _SAMPLES if macs < _LARGE_MACS else 1)
     if macs * samples > _MAX_MACS:
-        return _sizes_only(arch, "the network is large")
+        return _sizes_only(model, arch, "the network is large")
     few = _few_samples(example, size, samples)
     trial = _value_trial(model, run, few) or _value_trial(model, run, example)
     if trial is None:
-        return _sizes_only(arch, "the model does not run on the example in eval mode")
+        return _sizes_only(model, arch, "the model does not run on the example in eval mode")
     trial.compare_outputs = compare_outputs
     arch = _scaled(model, arch, trial)
     for portion in portions(model, arch, macs):
@@ -96,11 +97,18 @@ def verified_values(
     return arch
 
 
-def _sizes_only(arch: Architecture, why: str) -> Architecture:
+def _sizes_only(model: nn.Module, arch: Architecture, why: str) -> Architecture:
     reason = f"how their products are scaled shows in values only, which were not compared, as {why}"
-    arch = arch.without({g.name: reason for g in arch.groups if g.paired})
+    arch = arch.without({g.name: reason for g in arch.groups if g.paired and not _within_a_layer(model, g)})
     note = f"The trial splits compared sizes only, as {why}; each growth compares values on its first batch."
     return replace(arch, note=f"{arch.note} {note}".strip())
+
+
+def _within_a_layer(model: nn.Module, group: ChannelGroup) -> bool:
+    """Whether neurons meet their partners in one layer, whose rule says how."""
+    places = {*group.producers, *group.consumers}
+    rule = rule_for(model.get_submodule(places.pop())) if len(places) == 1 else None
+    return rule is not None and rule.attends
 
 
 def _is_small(arch: Architecture) -> bool:

@@ -256,6 +256,12 @@ def test_without_values_nobody_knows_how_products_are_scaled(monkeypatch: pytest
     arch = trace(model, x)
     assert arch.widths == {"v": 4}
     assert "shows in values only" in {u.name: u.reason for u in arch.unsplittable}["q"]
+    layer = nn.TransformerEncoderLayer(8, 2, 6, 0.0, batch_first=True).double()  # whose rule knows
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    arch = exactness.assert_splits_exactly(layer, x)
+    assert "compared sizes only" in arch.note
+    paired = [g for g in arch.groups if g.paired]
+    assert [g.producers for g in paired] == [("self_attn",)]
 
 
 @pytest.mark.parametrize("name", ["one head", "fixed scale", "one layer for all", "keys are values"])
