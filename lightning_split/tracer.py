@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture, PortKey
+from lightning_split.architecture import PortKey
 from lightning_split.calls import CallMode
 from lightning_split.constants import storage_key
 from lightning_split.effective import originals_of
@@ -20,6 +20,7 @@ from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
 from lightning_split.operators import handler_of
+from lightning_split.positions import Positional, Positions
 from lightning_split.readings import Readings
 from lightning_split.tally import Tally
 from lightning_split.verification import Run
@@ -41,16 +42,11 @@ class Tracer(Watcher):
         batch_size: int,
         outputs_count: bool,
         follow: Callable[[Any], None],
-        positional: frozenset[str | Owner],
+        positional: Positional,
     ) -> None:
         self.model = model
         self.example = example
-        # Layers, and raw matrices, that met neurons along another axis: and whose.
-        self._across: dict[str | Owner, set[str]] = {}
-        self._multiplied: set[Owner] = (
-            set()
-        )  # raw matrices that met neurons, or nobody's values, along theirs
-        self._positional = positional  # those that leave such neurons what they are
+        self.positions = Positions(positional)
         self.count_uses = True
         self._run = run
         self._follow = follow
@@ -155,7 +151,7 @@ class Tracer(Watcher):
         mode, rule, tensors = self._mode, self.found.rules[path], tensors_in((args, kwargs))
         if tensors and not tensors[0].numel():
             self.found.starved.add(path)
-        if path in self._positional:
+        if path in self.positions.known:
             return self._along_positions(path, layer, rule, args, kwargs)
         simple = type(rule).forward is LayerRule.forward
         refusal = rule.refusal(layer)
@@ -237,23 +233,6 @@ class Tracer(Watcher):
             if tensor.ndim and rule.role == "mixer":
                 self.found.declined[path] = why, tensor.shape[rule.neuron_axis(layer, tensor)]
 
-    def positional(self, arch: Architecture) -> frozenset[str | Owner]:
-        """Layers along whose inputs neurons lie otherwise, and which make none that can be split.
-
-        And raw matrices of which that is true in some products, but not in all.
-        """
-        growing: set[str | Owner] = {path for group in arch.groups for path in group.producers}
-        growing |= {(block.module, block.tensor) for group in arch.groups for block in group.theta}
-        found: set[str | Owner] = set()
-        for who, makers in self._across.items():  # in the order of the calls
-            if (
-                who not in growing
-                and not makers & found
-                and (isinstance(who, str) or who in self._multiplied)
-            ):
-                found.add(who)
-        return frozenset(found)
-
     def _simple(self, path: str) -> bool:
         """Whether a layer has one input and one output, and its own forward pass."""
         rule = self.found.rules[path]
@@ -273,12 +252,12 @@ class Tracer(Watcher):
 
     def concerns(self, owner: Owner, x: Tensor, axis: int) -> bool:
         """Weights of positions are the same for all neurons; such a product is an operator like others."""
-        if owner in self._positional:
+        if owner in self.positions.known:
             return False
         if self._lies_otherwise(x, axis):
-            self._across.setdefault(owner, set()).update(self._makers(x))
+            self.positions.across(owner, self._makers(x))
             return False
-        self._multiplied.add(owner)
+        self.positions.along(owner)
         return True
 
     def _lies_otherwise(self, x: Tensor, axis: int) -> bool:
@@ -406,7 +385,7 @@ class Tracer(Watcher):
         mode, layer = self._mode, self.found.layers[path]
         size, tiles, kind = loose_size(self.found.raw[path], port), 1, type(layer).__name__
         if size is None and self._lies_otherwise(x, axis) and self._simple(path):
-            self._across.setdefault(path, set()).update(self._makers(x))
+            self.positions.across(path, self._makers(x))
         if size is None:
             rule = self.found.rules[path]
             size, tiles = rule.port_size(layer, port), rule.tiles(layer)

@@ -12,10 +12,10 @@ from lightning_split.architecture import Architecture
 from lightning_split.counting import priced
 from lightning_split.effective import EffectiveWeights
 from lightning_split.followers import led
-from lightning_split.labels import Owner
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
+from lightning_split.positions import Positional
 from lightning_split.tracer import Tracer
 from lightning_split.verification import Run, verified_sizes, verified_values
 
@@ -113,9 +113,10 @@ def _traced(
     try:
         with quiet():
             tracer, arch = _labelled(model, run, example, outline, compare_outputs)
-            positional = tracer.positional(arch)
+            positional = tracer.positions.found(arch)
             if positional:  # what they make cannot grow, and keeps other neurons from growing
                 second = _labelled(model, run, example, outline, compare_outputs, positional)
+                # Whom a raw matrix meets along positions counts still, and only the trial would refuse it.
                 gained = _num_neurons(second[1]) - _num_neurons(arch)
                 if gained > 0 or (gained == 0 and any(isinstance(who, tuple) for who in positional)):
                     tracer, arch = second
@@ -139,7 +140,7 @@ def _labelled(
     example: Any,
     outline: Outline,
     compare_outputs: bool,
-    positional: frozenset[str | Owner] = frozenset(),
+    positional: Positional = frozenset(),
 ) -> tuple[Tracer, Architecture]:
     """What labels tell in both modes, with a note on what could not be seen."""
 
