@@ -169,7 +169,7 @@ HEAD = """\
 
 What `trace` finds in {count} of the {all} classification models of torchvision, for two images of 224 x 224
 pixels (299 for Inception v3). `make zoo` writes this page for all of them, and
-`python benchmarks/zoo.py --write docs/zoo.md NAMES` for some.
+`python benchmarks/zoo.py --write PAGE NAMES` one for some of them.
 
 *Channels* are those of all hidden producers; where channels come in equal groups (ShuffleNet, grouped
 convolutions, residual streams) one neuron has several of them. *Deviation* is the largest change of the
