@@ -13,6 +13,7 @@ from lightning_split.candidates import Candidate
 from lightning_split.curvature import LossFn, SplittingOperator
 from lightning_split.differences import SplittingDifferences
 from lightning_split.ranks import Ranks
+from lightning_split.sampling import ImportantSamples, Weigh, important_samples
 from lightning_split.significance import FreshBatches, GainTest
 
 __all__ = ["GrowthContext"]
@@ -35,7 +36,7 @@ class GrowthContext:
     seed: int = 0
     ranks: Ranks = field(default_factory=Ranks)
 
-    def operator(self, batches: Sequence[Any]) -> SplittingOperator:
+    def operator(self, batches: Sequence[Any], weigh: Sequence[Weigh] | None = None) -> SplittingOperator:
         """The splitting matrices of all neurons, averaged over some batches."""
         return SplittingOperator(
             self.model,
@@ -45,6 +46,19 @@ class GrowthContext:
             surrogate_beta=self.surrogate_beta,
             train=self.train_mode,
             cache_bytes=self.cache_bytes,
+            seed=self.seed,
+            weigh=weigh,
+        )
+
+    def important(self, share: float) -> ImportantSamples:
+        """A share of the samples of the estimation batches (:mod:`lightning_split.sampling`)."""
+        return important_samples(
+            self.model,
+            self.arch,
+            self.batches,
+            self.loss_fn,
+            share,
+            train=self.train_mode,
             seed=self.seed,
         )
 

@@ -13,7 +13,7 @@ parts between cuts (:mod:`lightning_split.segments`) are differentiated one afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import Architecture, ChannelGroup
-from lightning_split.cuts import CutNetwork, LossFn, check_loss
+from lightning_split.cuts import CutNetwork, LossFn, Place, check_loss
 from lightning_split.effective import EffectiveWeights
 from lightning_split.interrupts import give_way
 from lightning_split.lean import LeanDerivatives, transformed, without_autocast
@@ -57,6 +57,8 @@ class SplittingOperator:
         train: Run in training mode (BatchNorm by the statistics of the batch) instead of eval mode.
         cache_bytes: Graphs of batches are kept between products until they take about so much memory.
         seed: Seed of the random state in every pass (dropout in training mode).
+        weigh: For each batch, what becomes of the gradient of the loss at a read
+            (:mod:`lightning_split.sampling`); ``None`` leaves them all as they are.
 
     Attributes:
         has_surrogates: Whether some activation had derivatives of a surrogate in the batches so far.
@@ -73,10 +75,11 @@ class SplittingOperator:
         train: bool = False,
         cache_bytes: int = 2**28,
         seed: int = 0,
+        weigh: Sequence[Callable[[Place, Tensor], Tensor]] | None = None,
     ) -> None:
         self._groups: dict[str, ChannelGroup] = {g.name: g for g in arch.groups}
         self._batches = list(batches)
-        self._beta = surrogate_beta
+        self._beta, self._weigh = surrogate_beta, weigh
         self._cache_bytes, self._kept_bytes = cache_bytes, 0
         self._kept: dict[int, list[Segment]] = {}  # by number of the batch
         if not self._batches:
@@ -246,5 +249,9 @@ class SplittingOperator:
     def _plan(self, batch: Any, number: int) -> Plan:
         """The parts, with the gradient of the loss at every consumer's input, through that consumer alone."""
         first = self._cut.first_pass(batch, number)
-        ends = {i: first.nodes[i].next_functions[0][0] for i in first.cotangents}
-        return Plan(first.count, first.cotangents, parts(ends, first.nodes, self._cut.parameters))
+        cotangents = first.cotangents
+        if self._weigh is not None:
+            weigh = self._weigh[number]
+            cotangents = {i: weigh(first.places[i], c) for i, c in cotangents.items()}
+        ends = {i: first.nodes[i].next_functions[0][0] for i in cotangents}
+        return Plan(first.count, cotangents, parts(ends, first.nodes, self._cut.parameters))

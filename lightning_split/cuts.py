@@ -125,6 +125,36 @@ class CutNetwork:
             )
         return found
 
+    def late_gradient(self, batch: Any, number: int) -> tuple[Place, Tensor] | None:
+        """Gradient of the loss at one read, on its way through everything that follows.
+
+        Costs a forward pass without a graph, and one backward through what comes after the read.
+
+        Args:
+            batch: What ``loss_fn`` takes.
+            number: Of the read.
+
+        Returns:
+            Where it is, and the gradient; ``None`` if the loss does not depend on a read of this number.
+        """
+        places: list[Place] = []
+        reads: list[Tensor] = []
+
+        def replace(place: Place, x: Tensor) -> Tensor:
+            places.append(place)
+            if len(places) - 1 != number:
+                return x
+            reads.append(x.detach().requires_grad_())
+            return reads[0].clone()  # no leaf, so that it may be written to
+
+        with self.running(replace), gradients_only_for(self._model, ()):
+            try:
+                loss = self.loss(batch)
+                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, reads, allow_unused=True)
+            except (RuntimeError, ValueError):
+                return None  # nothing was read, or the loss takes gradients of its own
+        return None if gradients[0] is None else (places[number], gradients[0])
+
     def _try(self, batch: Any, number: int, keep: bool, shifts: Sequence[Tensor] | None) -> FirstPass | None:
         """``None`` if the loss does not depend on what needs gradients."""
         places: list[Place] = []

@@ -14,6 +14,7 @@ from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
 from lightning_split.growers.base import Draft, NotApplicableError, PredictingGrower
 from lightning_split.growers.confirming import Differences, Measure, Quotients
 from lightning_split.growers.schemes import Scheme, schemes
+from lightning_split.sampling import check_separable
 from lightning_split.selection import Candidate
 from lightning_split.splits import weights_of
 from lightning_split.stepsize import StepSize
@@ -35,41 +36,70 @@ class SteepestSplitting(PredictingGrower):
         c: Bound on the sum of the absolute offspring weights; 1 allows no negative ones.
         solver: Finds the extreme eigenpairs. Eight products with twice the batches find better
             directions than sixteen (benchmarks/rayleigh_quality.py).
+        sample_share: Directions are found on this share of the samples of the estimation batches, those by
+            which the loss pulls hardest more likely, each weighted so that the matrices stay unbiased
+            (:mod:`lightning_split.sampling`). Then ask for more batches: each costs a forward pass, and only
+            what is kept costs more. Gains are confirmed on whole batches all the same. Needs a loss that is
+            the mean over samples.
 
     Raises:
-        ValueError: If ``max_offspring`` is not 2, 3 or 4, or ``c`` is below 1.
+        ValueError: If ``max_offspring`` is not 2, 3 or 4, ``c`` is below 1, or ``sample_share`` is not above
+            0 and at most 1.
     """
 
     max_offspring: int = 2
     signed: bool = True
     c: float = 3.0
     solver: EigenSolver = field(default_factory=lambda: Lanczos(8, exact_dim=16))
+    sample_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_offspring not in (2, 3, 4):
             raise ValueError(f"max_offspring must be 2, 3 or 4, got {self.max_offspring}.")
         if not 1 <= self.c < float("inf"):
             raise ValueError(f"c bounds the sum of absolute offspring weights: at least 1, got {self.c}.")
+        if not 0 < self.sample_share <= 1:
+            raise ValueError(f"sample_share must be above 0 and at most 1, got {self.sample_share}.")
 
     def check(self, context: GrowthContext) -> None:
-        """Refuse a network in which all splitting matrices are zero; see :meth:`Grower.check`."""
+        """Refuse a network in which all splitting matrices are zero; see :meth:`Grower.check`.
+
+        Raises:
+            NotSeparableError: If samples are to be taken out of batches in which they depend on each other.
+        """
         if not context.arch.curved.groups:
             raise NotApplicableError(
                 "All neurons that can be split meet others in sums of products (queries and keys, say). They "
                 "are linear in their incoming weights, so their splitting matrices are zero; new neurons can "
                 "still gain (GradMax, NewNeurons)."
             )
+        if self.sample_share < 1:
+            check_separable(
+                context.model,
+                context.arch.curved,
+                context.batches[0],
+                context.loss_fn,
+                train=context.train_mode,
+                seed=context.seed,
+            )
 
     def draft(self, context: GrowthContext, step: StepSize) -> Draft:
         """One candidate per neuron, or per neuron and scheme; see :meth:`PredictingGrower.draft`.
 
-        Cost: the solver's products on the estimation batches, and about three training steps on each fresh
-        one that is drawn.
+        Cost: the solver's products on the estimation batches (or on those of the samples that are kept, and a
+        forward pass for each batch), and about three training steps on each fresh one that is drawn.
+
+        Raises:
+            NotSeparableError: See :meth:`check`.
         """
         self.check(context)
         context = replace(context, arch=context.arch.curved)
         ranks = context.ranks
-        operator = context.operator(context.batches)
+        if self.sample_share < 1:
+            kept = context.important(self.sample_share)
+            operator = context.operator(kept.batches, kept.weigh)
+        else:
+            operator = context.operator(context.batches)
         double = operator.dtype == torch.float64
         pairs = self.solver.solve(
             lambda v: ranks.mean_of(operator.matvec(v)),
