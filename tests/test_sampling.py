@@ -284,6 +284,22 @@ def test_a_growth_with_important_samples_repeats_and_leaves_the_rest_alone() -> 
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_a_growth_that_cannot_take_samples_out_uses_all_of_them() -> None:
+    """Batches of one sample, say, after a first look at larger ones."""
+    batches, reports = some_batches(4, 1), []
+    for part in (1.0, 0.5):
+        torch.manual_seed(2)
+        model = randomised(Convolutions())
+        grower = SteepestSplitting(sample_share=part)
+        reports.append(grow(model, batches, entropy, grower=grower, strategy=TopK(count=1)))
+    whole, share = reports
+    assert "one sample each" in share.notes[0]
+    assert "This growth has used all samples." in share.notes[0]
+    for one, other in zip(whole.splits, share.splits, strict=True):
+        assert (one.group, one.neuron) == (other.group, other.neuron)
+        assert torch.equal(one.displacements, other.displacements)
+
+
 class Module(pl.LightningModule):
     def __init__(self, loss_fn: Any = entropy) -> None:
         super().__init__()
@@ -298,7 +314,7 @@ class Module(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 0.01)
 
 
-def _fit(module: pl.LightningModule, grower: Any, tmp_path: Any) -> SplittingCallback:
+def _fit(module: pl.LightningModule, grower: Any, tmp_path: Any, precision: Any = "32") -> SplittingCallback:
     x, y = torch.randn(96, 2, 4, 3), torch.randint(CLASSES, (96,))
     callback = SplittingCallback(
         trigger=Every(1), grower=grower, strategy=TopK(count=1), num_batches=6, significance=None
@@ -312,16 +328,17 @@ def _fit(module: pl.LightningModule, grower: Any, tmp_path: Any) -> SplittingCal
         enable_model_summary=False,
         default_root_dir=tmp_path,
         accelerator="cpu",
+        precision=precision,
     )
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True))
     return callback
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_in_a_trainer(tmp_path: Any, mixed: bool) -> None:
+@pytest.mark.parametrize(("mixed", "precision"), [(False, "32"), (True, "32"), (False, "bf16-mixed")])
+def test_in_a_trainer(tmp_path: Any, mixed: bool, precision: Any) -> None:
     grower: Any = SteepestSplitting(sample_share=0.5)
     module = Module()
-    callback = _fit(module, Mixed((grower, GradMax())) if mixed else grower, tmp_path)
+    callback = _fit(module, Mixed((grower, GradMax())) if mixed else grower, tmp_path, precision)
     assert callback.history
     assert module.net.features[0].out_channels + module.net.features[3].out_channels > 7
 

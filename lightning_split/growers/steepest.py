@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_split.context import GrowthContext
+from lightning_split.curvature import SplittingOperator
 from lightning_split.eigen import Eigenpairs, EigenSolver, Lanczos
 from lightning_split.growers.base import Draft, NotApplicableError, PredictingGrower
 from lightning_split.growers.confirming import Differences, Measure, Quotients
 from lightning_split.growers.schemes import Scheme, schemes
-from lightning_split.sampling import check_separable
+from lightning_split.sampling import NotSeparableError, check_separable
 from lightning_split.selection import Candidate
 from lightning_split.splits import weights_of
 from lightning_split.stepsize import StepSize
@@ -67,12 +68,7 @@ class SteepestSplitting(PredictingGrower):
         Raises:
             NotSeparableError: If samples are to be taken out of batches in which they depend on each other.
         """
-        if not context.arch.curved.groups:
-            raise NotApplicableError(
-                "All neurons that can be split meet others in sums of products (queries and keys, say). They "
-                "are linear in their incoming weights, so their splitting matrices are zero; new neurons can "
-                "still gain (GradMax, NewNeurons)."
-            )
+        _check_curved(context)
         if self.sample_share < 1:
             check_separable(
                 context.model,
@@ -88,18 +84,11 @@ class SteepestSplitting(PredictingGrower):
 
         Cost: the solver's products on the estimation batches (or on those of the samples that are kept, and a
         forward pass for each batch), and about three training steps on each fresh one that is drawn.
-
-        Raises:
-            NotSeparableError: See :meth:`check`.
         """
-        self.check(context)
+        _check_curved(context)
         context = replace(context, arch=context.arch.curved)
         ranks = context.ranks
-        if self.sample_share < 1:
-            kept = context.important(self.sample_share)
-            operator = context.operator(kept.batches, kept.weigh)
-        else:
-            operator = context.operator(context.batches)
+        operator, note = self._operator(context)
         double = operator.dtype == torch.float64
         pairs = self.solver.solve(
             lambda v: ranks.mean_of(operator.matvec(v)),
@@ -118,7 +107,26 @@ class SteepestSplitting(PredictingGrower):
         # A surrogate's curvature is not what a split gains; in short formats differences would drown.
         kinked = ranks.agree(operator.has_surrogates and operator.dtype.itemsize >= 4)
         measure = Differences(context, pairs, found, lengths) if kinked else Quotients(context, pairs, found)
-        return _Splits(context, pairs, found, lengths, measure)
+        return _Splits(context, pairs, found, lengths, measure, note)
+
+    def _operator(self, context: GrowthContext) -> tuple[SplittingOperator, str]:
+        """The splitting matrices of the samples that count, and a sentence if that is not as asked for."""
+        if self.sample_share < 1:
+            try:
+                kept = context.important(self.sample_share)
+            except NotSeparableError as error:  # not so in the batch that was tried before training
+                return context.operator(context.batches), f"{error} This growth has used all samples."
+            return context.operator(kept.batches, kept.weigh), ""
+        return context.operator(context.batches), ""
+
+
+def _check_curved(context: GrowthContext) -> None:
+    if not context.arch.curved.groups:
+        raise NotApplicableError(
+            "All neurons that can be split meet others in sums of products (queries and keys, say). They "
+            "are linear in their incoming weights, so their splitting matrices are zero; new neurons can "
+            "still gain (GradMax, NewNeurons)."
+        )
 
 
 class _Splits(Draft):
@@ -131,8 +139,10 @@ class _Splits(Draft):
         schemes: list[Scheme],
         lengths: Mapping[str, Tensor],
         measure: Measure,
+        note: str,
     ) -> None:
         self.eigenpairs = self._estimated = pairs
+        self.notes = (note,) if note else ()
         self.alternatives = measure.alternatives
         self._context, self._schemes, self._lengths = context, schemes, lengths
         self._measure = measure
