@@ -122,6 +122,7 @@ def _fit(folder: Path, case: dict[str, Any], ckpt_path: str | None = None, name:
         trigger=Plateau(monitor, **case.get("plateau", {"patience": 1, "min_delta": 0.5})),
         loss_fn=_loss if manual else None,
         **(_everything() if case.get("mixed") else {}),
+        **({"grower": SteepestSplitting(sample_share=0.5)} if case.get("important") else {}),
         **({"strategy": _fastest()} if case.get("latency") else {}),
     )
     steps = case.get("every_steps")
@@ -249,6 +250,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "teacher": {"taught": True},
         "measured latency": {"latency": True},
         "weight norm": {"normed": True},
+        "important samples": {"important": True},
     }
     for name, states in _run(tmp_path, cases=cases).items():
         assert len(states["whole"]) == 2, name
@@ -271,6 +273,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         },
         {"every_steps": 1, "monitor": "mean_loss", "stream": True},
         {"normed": True, "ema": True},
+        {"important": True, "every_steps": 1, "monitor": "mean_loss", "stream": True},
     ],
     ids=[
         "epochs",
@@ -280,6 +283,7 @@ def test_every_kind_of_ddp_keeps_the_ranks_together(tmp_path: Path) -> None:
         "by step",
         "streams",
         "weight norm, average",
+        "important samples of streams",
     ],
 )
 def test_resuming_two_processes_equals_the_uninterrupted_run(tmp_path: Path, case: dict[str, Any]) -> None:
