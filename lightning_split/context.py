@@ -50,8 +50,8 @@ class GrowthContext:
             weigh=weigh,
         )
 
-    def important(self, share: float) -> ImportantSamples:
-        """A share of the samples of the estimation batches (:mod:`lightning_split.sampling`)."""
+    def important(self, share: float | None) -> ImportantSamples:
+        """A share of the samples of the estimation batches; see :func:`.sampling.important_samples`."""
         return important_samples(
             self.model,
             self.arch,

@@ -27,6 +27,7 @@ __all__ = ["ImportantSamples", "NotSeparableError", "Weigh", "check_separable", 
 Weigh = Callable[[Place, Tensor], Tensor]  # what the gradient of the loss at a read becomes
 
 _FLOOR = 0.05  # of the mean score is added to every score: one of zero may be wrong
+_MOST_VARIANCE = 1.25  # of a mean over drawn samples, against that over all, where the draw sets its own size
 
 
 class NotSeparableError(ValueError):
@@ -64,7 +65,7 @@ def important_samples(
     arch: Architecture,
     batches: Sequence[Any],
     loss_fn: LossFn,
-    share: float,
+    share: float | None,
     *,
     train: bool = False,
     seed: int = 0,
@@ -78,7 +79,8 @@ def important_samples(
         arch: Its architecture.
         batches: What ``loss_fn`` takes; each counts the same.
         loss_fn: The mean loss of a batch, over its samples.
-        share: Of the samples of all batches, above 0 and below 1.
+        share: Of the samples of all batches, above 0 and below 1; ``None`` keeps as few as lose a fifth of
+            the precision.
         train: Run in training mode instead of eval mode.
         seed: Of the draw.
 
@@ -109,20 +111,28 @@ def important_samples(
     return ImportantSamples([batch for batch, _ in made], weigh)
 
 
-def drawn(scores: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def drawn(scores: Tensor, share: float | None, seed: int) -> tuple[Tensor, Tensor]:
     """Which samples to keep: their numbers, in order, and the probability that each of them had.
 
     Systematic sampling: exactly the share is drawn, no sample twice.
 
     Args:
         scores: ``(n,)``, not negative; a constant is added to them.
-        share: Of the samples, above 0 and at most 1.
+        share: Of the samples, above 0 and at most 1; ``None`` keeps as few as lose a fifth of the precision.
         seed: Of the draw.
     """
     scores = scores.double().cpu()
+    chances = _fewest(scores) if share is None else _odds(scores, max(1, round(share * len(scores))))
+    offset = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    marks = (chances.cumsum(0) + offset + 1e-9).floor()
+    kept = marks.diff(prepend=marks.new_zeros(1)).nonzero()[:, 0]
+    return kept, chances[kept]
+
+
+def _odds(scores: Tensor, count: int) -> Tensor:
+    """In proportion to the scores, at most one, and of sum ``count``."""
     floor = _FLOOR * float(scores.mean())
     scores = scores + (floor if floor > 0 else 1.0)
-    count = max(1, round(share * len(scores)))
     odds = torch.ones_like(scores)
     free = torch.ones_like(scores, dtype=torch.bool)
     while bool(
@@ -135,10 +145,24 @@ def drawn(scores: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
         free &= ~above
         if not bool(above.any()):
             break
-    offset = torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    marks = (odds.cumsum(0) + offset + 1e-9).floor()
-    kept = marks.diff(prepend=marks.new_zeros(1)).nonzero()[:, 0]
-    return kept, odds[kept]
+    return odds
+
+
+def _fewest(scores: Tensor) -> Tensor:
+    """The odds of the smallest sample whose mean has little more variance than that of all samples.
+
+    If what a sample adds is in proportion to its score g, with a random sign, the sum over all samples has the
+    variance Σ g², and drawing makes it Σ g² / q.
+    """
+    squares = scores.square()
+    low, high = 1, len(scores)
+    while low < high:
+        count = (low + high) // 2
+        if float((squares / _odds(scores, count)).sum()) <= _MOST_VARIANCE * float(squares.sum()):
+            high = count
+        else:
+            low = count + 1
+    return _odds(scores, high)
 
 
 # where samples lie --------------------------------------------------------------------------------------
