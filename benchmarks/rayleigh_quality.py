@@ -75,6 +75,10 @@ def stochastic(operators: Iterator[SplittingOperator]) -> Callable[[Vectors], Ve
     return matvec
 
 
+def _share(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run the comparison; returns the rows of the table."""
     parser = argparse.ArgumentParser(
@@ -90,7 +94,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128, 312])
     parser.add_argument("--products", type=int, nargs="+", default=[6, 8])
-    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2], help="of the samples")
+    parser.add_argument(
+        "--shares", type=_share, nargs="*", default=["auto", 0.1, 0.2], help="of the samples, or auto"
+    )
     parser.add_argument(
         "--official-epochs", type=float, default=10.0, help="0 leaves the official recipe out"
     )
@@ -121,7 +127,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         f"{int(counts.sum())} of {len(lowest)} neurons; largest relative residual of the exact pairs "
         f"{worst:.1e}; a training step takes {1e3 * step:.2f} ms, half an epoch {len(batches) // 2} steps"
     )
-    rows: dict[tuple[str, int, float], list[tuple[Tensor, float]]] = {}
+    rows: dict[tuple[str, int, float | str], list[tuple[Tensor, float]]] = {}
     for fold in range(args.folds):
         held = batches[fold * third : (fold + 1) * third]
         known = batches[: fold * third] + batches[(fold + 1) * third :]
@@ -131,7 +137,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         def record(
             solver: str,
             count: int,
-            share: float,
+            share: float | str,
             found: tuple[dict[str, Eigenpairs], float],
             judge: SplittingOperator = judge,
         ) -> None:
@@ -143,7 +149,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 record(f"Lanczos({products})", count, 1.0, solved(operator(known[:count]), Lanczos(products)))
                 for share in args.shares:
                     start = time.process_time()
-                    kept = important_samples(net, arch, known[:count], cross_entropy, share, seed=fold)
+                    part = None if isinstance(share, str) else share
+                    kept = important_samples(net, arch, known[:count], cross_entropy, part, seed=fold)
                     chosen = time.process_time() - start
                     pairs, spent = solved(operator(kept.batches, weigh=kept.weigh), Lanczos(products))
                     record(f"Lanczos({products})", count, share, (pairs, chosen + spent))

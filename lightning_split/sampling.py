@@ -151,8 +151,8 @@ def _odds(scores: Tensor, count: int) -> Tensor:
 def _fewest(scores: Tensor) -> Tensor:
     """The odds of the smallest sample whose mean has little more variance than that of all samples.
 
-    If what a sample adds is in proportion to its score g, with a random sign, the sum over all samples has the
-    variance Σ g², and drawing makes it Σ g² / q.
+    If what a sample adds is in proportion to its score g, with a random sign, the sum over all samples has
+    the variance Σ g², and drawing makes it Σ g² / q.
     """
     squares = scores.square()
     low, high = 1, len(scores)

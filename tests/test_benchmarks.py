@@ -107,11 +107,12 @@ def test_qualities_are_compared(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "1",
     ]
     rows = module.main(
-        [*options, "--batches", "2", "--products", "4", "--shares", "0.5", "--official-epochs", "1"]
+        [*options, "--batches", "2", "--products", "4", "--shares", "0.5", "auto", "--official-epochs", "1"]
     )
     assert [(row["solver"], row["batches"], row["share"]) for row in rows] == [
         ("Lanczos(4)", 2, 1.0),
         ("Lanczos(4)", 2, 0.5),
+        ("Lanczos(4)", 2, "auto"),
         ("exact, of the sample", 2, 1.0),
         ("official, one end", 12, 1.0),
     ]

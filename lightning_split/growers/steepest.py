@@ -39,10 +39,10 @@ class SteepestSplitting(PredictingGrower):
             directions than sixteen (benchmarks/rayleigh_quality.py).
         sample_share: Directions are found on this share of the samples of the estimation batches, those by
             which the loss pulls hardest more likely, each weighted so that the matrices stay unbiased
-            (:mod:`lightning_split.sampling`). ``"auto"`` keeps as few as lose a fifth of the precision: a fifth
-            to a third of the samples in a trained classifier, most of them in an untrained one. A batch then
-            costs a forward pass, and only what is kept costs more: ask for more batches. Gains are confirmed
-            on whole batches all the same. Needs a loss that is the mean over samples.
+            (:mod:`lightning_split.sampling`). ``"auto"`` keeps as few as lose a fifth of the precision: a
+            fifth to a third in a trained classifier, most of them in an untrained one. A batch then costs a
+            forward pass, and only what is kept costs more: ask for more batches. Gains are confirmed on
+            whole batches all the same. Needs a loss that is the mean over samples.
 
     Raises:
         ValueError: If ``max_offspring`` is not 2, 3 or 4, ``c`` is below 1, or ``sample_share`` is neither
