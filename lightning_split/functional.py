@@ -8,7 +8,8 @@ layer. Which axes those are shows in the call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -211,16 +212,18 @@ def _conv(
 
 
 def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
+    if len(args) == 2 and isinstance(args[1], (list, tuple)):
+        args = args[0], *args[1]
     if len(args) != 3 or not isinstance(args[0], str) or kwargs or "->" not in args[0]:
         return None
-    terms, out = args[0].replace(" ", "").split("->")
+    terms, out = _spelled_out(args[0], args[1:]).split("->")
     for n in (0, 1):
         x, weight = args[2 - n], args[1 + n]
         found = mode.whose(weight)
         if found is None or found.turned or mode.whose(x) is not None:
             continue
         of_weight, of_x = terms.split(",")[n], terms.split(",")[1 - n]
-        if "." in args[0] or len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
+        if "." in terms or len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
             return None
         gone = [c for c in of_weight if c in of_x and c not in out]
         new = [c for c in of_weight if c not in of_x]
@@ -237,6 +240,20 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
         fan = math.prod(weight.shape[of_weight.index(c)] for c in gone)
         return Reading(found.owner, x, reads, make, at, fan, call)
     return None
+
+
+def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
+    """The equation with a letter for each axis that ``...`` stands for, which are counted from the last."""
+    equation = equation.replace(" ", "")
+    terms, out = equation.split("->")
+    covers = [t.ndim - len(term.replace("...", "")) for t, term in zip(operands, terms.split(","), strict=False)]
+    free = [c for c in string.ascii_letters if c not in equation]
+    letters = "".join(free[: max(0, *covers)])
+    spelled = [
+        term.replace("...", letters[len(letters) - n :])
+        for n, term in zip(covers, terms.split(","), strict=False)
+    ]
+    return f"{','.join(spelled)}->{out.replace('...', letters)}"
 
 
 _TURNS = {"t", "transpose", "swapaxes", "adjoint"}
