@@ -50,7 +50,7 @@ class Findings:
     added: set[tuple[str, str]] = field(default_factory=set)  # loose tensors added to neurons
     pairs: list[Pair] = field(default_factory=list)  # products of activations, summed over neurons
     blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
-    passed: set[str] = field(default_factory=set)  # channelwise layers that were called without neurons
+    passed: set[str] = field(default_factory=set)  # channelwise layers that were called
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     multiplied: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))

@@ -38,13 +38,14 @@ class NeuronTable:
         return len(self._runs)
 
     def mint(self, count: int) -> Ids:
-        """New ids for the outputs of a producer."""
-        start, end = self.size, self.size + count
+        """New ids for the outputs of a producer; a gap before them, so that others' are no neighbours."""
+        old, start = self.size, self.size + 1
+        end = start + count
         if end >= len(self._store):
             self._store = np.append(self._runs, np.full(end + 1, FIXED))  # twice as long
             self._lookup = torch.from_numpy(self._store)
         self._runs = self._store[:end]
-        self._runs[start:] = np.arange(start, end, dtype=np.int64)
+        self._runs[old:] = np.arange(old, end, dtype=np.int64)
         return self._runs[start:].copy()
 
     def tie(self, a: Ids, b: Ids, *, both: bool = False) -> None:

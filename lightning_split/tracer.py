@@ -343,8 +343,8 @@ class Tracer(Watcher):
         """The neurons that a channelwise layer passes on, as the labels of its output are made of them."""
         mode, rule, layer = self._mode, self.found.rules[path], self.found.layers[path]
         labels, size = mode.get(x), rule.port_size(layer, port)
+        self.found.passed.add(path)
         if labels is None or size is None:
-            self.found.passed.add(path)
             return labels
         profile = self._profile(f"'{path}'", x, axis)
         if profile is None:

@@ -284,3 +284,24 @@ def test_an_embedding_that_reads_no_tensor_is_refused_and_its_neighbours_grow() 
     x = torch.randn(2, 5, 3, dtype=torch.float64)
     arch = assert_splits_exactly(_randomised(Encoder(), x), x)
     assert "a" in arch.widths, str(arch)
+
+
+class Joined(nn.Module):
+    """Joins six channels and two, and normalises them four by four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv1d(4, 6, 1), nn.Conv1d(4, 2, 1)
+        self.norm, self.last = nn.GroupNorm(2, 8), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(torch.cat([F.silu(self.one(x)), self.other(x)], 1)))
+
+
+def test_a_normalisation_that_is_refused_was_called() -> None:
+    """No note says that a layer was not called because nothing on it can grow."""
+    arch = trace(Joined(), torch.randn(2, 4, 5))
+    reasons = {u.name: u.reason for u in arch.unsplittable}
+    assert not arch.groups
+    assert "several neurons that do not lie side by side" in reasons["one"]
+    assert not arch.note
