@@ -244,15 +244,12 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
 
 def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
     """The equation with a letter for each axis that ``...`` stands for, which are counted from the last."""
-    equation = equation.replace(" ", "")
-    terms, out = equation.split("->")
-    covers = [t.ndim - len(term.replace("...", "")) for t, term in zip(operands, terms.split(","), strict=False)]
+    left, out = equation.replace(" ", "").split("->")
+    terms = left.split(",")
+    covers = [t.ndim - len(term.replace("...", "")) for t, term in zip(operands, terms, strict=False)]
     free = [c for c in string.ascii_letters if c not in equation]
     letters = "".join(free[: max(0, *covers)])
-    spelled = [
-        term.replace("...", letters[len(letters) - n :])
-        for n, term in zip(covers, terms.split(","), strict=False)
-    ]
+    spelled = [term.replace("...", letters[len(letters) - n :]) for n, term in zip(covers, terms, strict=False)]
     return f"{','.join(spelled)}->{out.replace('...', letters)}"
 
 
