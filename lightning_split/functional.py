@@ -249,8 +249,10 @@ def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
     covers = [t.ndim - len(term.replace("...", "")) for t, term in zip(operands, terms, strict=False)]
     free = [c for c in string.ascii_letters if c not in equation]
     letters = "".join(free[: max(0, *covers)])
-    spelled = [term.replace("...", letters[len(letters) - n :]) for n, term in zip(covers, terms, strict=False)]
-    return f"{','.join(spelled)}->{out.replace('...', letters)}"
+    spelled = ",".join(
+        term.replace("...", letters[len(letters) - n :]) for n, term in zip(covers, terms, strict=False)
+    )
+    return f"{spelled}->{out.replace('...', letters)}"
 
 
 _TURNS = {"t", "transpose", "swapaxes", "adjoint"}

@@ -155,23 +155,21 @@ class LabelMode(TorchDispatchMode):
             self._tie_pairs(np.unique(np.stack([fa[known], fb[known]]), axis=1), why, both)
         return torch.where(ra >= 0, ra, rb).expand(shape)
 
-    def multiply(
-        self, factors: Sequence[Tensor], labels: Sequence[Tensor], why: str, power: float | None
-    ) -> bool:
+    def multiply(self, labels: Sequence[Tensor], why: str, power: float | None) -> bool:
         """Let the neurons of two factors meet one by one, their products to be summed.
 
         Args:
-            factors: Both.
-            labels: Of each along the axis that is summed over, ``(n,)``.
+            labels: Of each factor along the axis that is summed over, ``(n,)``; both are linear in the
+                weights that make them.
             why: Why they are left alone, if it turns out that they must be.
             power: Of n by which the sum is divided, if that is known.
 
         Returns:
-            Whether they can: if both are linear in the weights that make them, and none meets itself.
+            Whether they can: if none meets itself.
         """
         a, b = map(self.table.runs, labels)
         known = bool((a >= 0).all()) and bool((b >= 0).all())
-        if not known or bool(torch.isin(a, b).any()) or not all(map(self.lines.straight, factors)):
+        if not known or bool(torch.isin(a, b).any()):
             return False
         self.unify(a, b, "a product of activations", both=True)
         self.pairs.append(Pair(labels[0].numpy(), labels[1].numpy(), power, f"{why}{self.where()}"))

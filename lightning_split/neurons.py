@@ -60,6 +60,16 @@ class NeuronTable:
         if not both:
             self._kept.append(self._ties[-1])
 
+    @property
+    def num_kept(self) -> int:
+        """How many ties have made values of which one neuron is seen in place of two."""
+        return len(self._kept)
+
+    def release(self, ties: slice) -> None:
+        """What these ties made of two neurons is gone again, and nobody has read it."""
+        for i in range(*ties.indices(len(self._kept))):
+            self._kept[i] = self._kept[i][:, :0]
+
     def origins(self, ids: Ids) -> Ids:
         """The blocks that these ids stand for: where values with these labels come from."""
         found = np.unique(self.blocks(ids))

@@ -19,7 +19,8 @@ from lightning_split.labels import Handler
 from lightning_split.movements import MOVEMENTS
 from lightning_split.neurons import FIXED
 from lightning_split.operation import NOISE, Action, Operation, along, kept, narrowed, spread, unified
-from lightning_split.products import attention, convolution, matmul
+from lightning_split.pairs import Product
+from lightning_split.products import attention, convolution, matmul, summed
 
 __all__ = ["handler_of"]
 
@@ -59,11 +60,13 @@ def _pointwise(op: Operation) -> None:
         over = any(v and s == 1 < n for v, s, n in zip(vary, sizes, shape, strict=True))
         (spreading if over else pairs).append(t)
     mode.bar(spreading, f"{op.name} spreads them along other neurons, so that they cannot be more")
-    labels = torch.full((), FIXED).expand(shape)
-    for i, t in enumerate(pairs):
-        own = mode.get(t)
-        assert own is not None
+    found = [own for t in pairs if (own := mode.get(t)) is not None]
+    labels, start = torch.full((), FIXED).expand(shape), mode.table.num_kept
+    for i, own in enumerate(found):
         labels = mode.unify(labels, own, op.name) if i else own.expand(shape)
+    if op.name == "mul" and len(pairs) == 2 and all(map(mode.lines.straight, pairs)):
+        left, right = (own.expand(shape) for own in found)
+        mode.lines.products[op.outputs[0]] = Product(left, right, slice(start, mode.table.num_kept))
     for t in op.outputs:
         op.give(t, labels if t.shape == shape else None)
 
@@ -141,6 +144,8 @@ def _reduce(op: Operation) -> None:
     """What goes over one or all dimensions: reductions, scans, sorting, Fourier transforms."""
     if "other" in op.arguments:  # max(x, y), min(x, y)
         _pointwise(op)
+        return
+    if op.name in ("sum", "mean") and summed(op):
         return
     along(op, op.dims("dim"), MIXED.get(op.name, f"{op.name} mixes the neurons"))
 

@@ -31,11 +31,20 @@ class Pair(NamedTuple):
     why: str  # why its neurons are left alone, if they must be
 
 
+class Product(NamedTuple):
+    """What was multiplied element by element, both linear in the weights that made their neurons."""
+
+    left: Tensor  # labels, as large as the product
+    right: Tensor
+    ties: slice  # those that the product has made
+
+
 class Lines:
-    """Which tensors are still linear in the weights that made their neurons."""
+    """Which tensors are still linear in the weights that made their neurons, and products of two of them."""
 
     def __init__(self) -> None:
         self._straight: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.products: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> Product
 
     def begin(self, tensor: Tensor) -> None:
         """A layer has made these neurons, as a linear function of its weights."""
@@ -54,6 +63,9 @@ class Lines:
             first: Its first argument.
             outputs: What it returned.
         """
+        if name.endswith("_"):
+            for t in outputs:
+                self.products.pop(t, None)
         name = name.removesuffix("_")
         scaled = len(neurons) == 1 and (name == "mul" or (name == "div" and first is neurons[0]))
         straight = (scaled or name in _LINEAR) and all(map(self.straight, neurons))

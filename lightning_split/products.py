@@ -10,7 +10,7 @@ from lightning_split.barriers import BARRIERS, NO_WEIGHTS, PRODUCT, barrier
 from lightning_split.labels import LabelMode
 from lightning_split.operation import Operation, narrowed
 
-__all__ = ["attention", "convolution", "matmul"]
+__all__ = ["attention", "convolution", "matmul", "summed"]
 
 
 def matmul(op: Operation) -> None:
@@ -63,7 +63,25 @@ def _paired(op: Operation, left: Tensor, right: Tensor, axis: int = -2, *, power
         if own is None or [k - t.ndim for k, v in enumerate(mode.varying(own)) if v] != [d]:
             return False
         labels.append(narrowed(own, [k for k in range(t.ndim) if k - t.ndim != d]).flatten())
-    return mode.multiply((left, right), labels, PRODUCT, power)
+    return all(map(mode.lines.straight, (left, right))) and mode.multiply(labels, PRODUCT, power)
+
+
+def summed(op: Operation) -> bool:
+    """Whether a sum (or mean) is one of products of two factors, whose neurons meet one by one."""
+    mode, product = op.mode, op.mode.lines.products.get(op.args[0])
+    if product is None:
+        return False
+    labels = []
+    for own in (product.left, product.right):
+        axes = [d for d, v in enumerate(mode.varying(own)) if v]
+        if len(axes) != 1 or axes[0] not in op.dims("dim"):
+            return False
+        labels.append(narrowed(own, [d for d in range(own.ndim) if d != axes[0]]).flatten())
+    if len(labels[0]) != len(labels[1]) or not mode.multiply(labels, PRODUCT, None):
+        return False
+    mode.table.release(product.ties)
+    mode.set(op.args[0], None)  # a sum is all that may be made of the product
+    return True
 
 
 def _batched_otherwise(op: Operation, vary: Sequence[bool]) -> bool:

@@ -179,6 +179,43 @@ GROWING = {
     "two towers": Case(
         lambda: Made(lambda s, x: s.q(x) @ s.k(x).T, q=L(3, 4), k=L(3, 4)), {"q": 4}, shape=(5, 3)
     ),
+    "one by one": Case(
+        lambda: Made(lambda s, x: (s.q(x) * s.k(x.sin())).sum(-1), q=L(3, 4), k=L(3, 4)),
+        {"q": 4},
+        shape=(5, 3),
+    ),
+    "means, and keys are read elsewhere": Case(
+        lambda: Made(
+            lambda s, x: ((k := s.k(x)) * s.q(x.sin())).mean(-1, keepdim=True) + s.r(k.tanh()),
+            **{"q": L(3, 4), "k": L(3, 4), "r": L(4, 2)},
+        ),
+        {"k": 4},
+        ("k",),
+    ),
+    "queries are read elsewhere": Case(
+        lambda: Made(
+            lambda s, x: (s.k(x) * (q := s.q(x.sin()))).sum(-1, keepdim=True) / 4**0.5 + s.r(q.tanh()),
+            **{"q": L(3, 4), "k": L(3, 4), "r": L(4, 2)},
+        ),
+        {"q": 4},
+    ),
+    "one query for each place": Case(
+        lambda: Made(
+            lambda s, x: s.o(
+                ((s.q(x[:, :1]) * s.k(x)).sum(2, keepdim=True) * s.k.out_features**-0.5).softmax(1) * s.v(x)
+            ),
+            **qkv(),
+        ),
+        {"q": 4, "v": 4},
+    ),
+    "factors of a table": Case(  # matrix factorisation
+        lambda: Made(
+            lambda s, x: (s.q(n := x[:, 0].abs().long()) * s.k(6 - n)).sum(1) + s.b(n).sum(1),
+            **{"q": nn.Embedding(7, 4), "k": nn.Embedding(7, 4), "b": nn.Embedding(7, 1)},
+        ),
+        {"q": 4},
+        shape=(9, 3),
+    ),
 }
 
 
@@ -227,6 +264,29 @@ REFUSED = {
         lambda s, x: s.o(attend(s.q(x), s.n(s.k(x).mT).mT, s.v(x))), **qkv(n=nn.BatchNorm1d(4))
     ),
 }
+
+
+SUMS = {
+    "squares": lambda s, x: (s.q(x).square()).sum(-1),
+    "with itself": lambda s, x: ((q := s.q(x)) * q).sum(-1),
+    "with a sum of itself": lambda s, x: ((q := s.q(x)) * (s.k(x) + q)).sum(-1),
+    "bent": lambda s, x: (s.q(x).tanh() * s.k(x).tanh()).sum(-1),
+    "of three": lambda s, x: (s.q(x) * s.k(x) * s.v(x)).sum(-1),
+    "with more in place": lambda s, x: (s.q(x) * s.k(x)).add_(1).sum(-1),
+    "with more": lambda s, x: (s.q(x) * s.k(x) + s.v(x)).sum(-1),
+    "read elsewhere, later": lambda s, x: (p := s.q(x) * s.k(x)).sum(-1, keepdim=True) + s.o(p),
+    "read elsewhere, before": lambda s, x: s.o(p := s.q(x) * s.k(x)) + p.sum(-1, keepdim=True),
+    "their largest": lambda s, x: (s.q(x) * s.k(x)).amax(-1),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_other_sums_over_neurons_are_refused(name: str) -> None:
+    """Neither factor is the other's weights, or more than the product is summed, or not it alone."""
+    torch.set_default_dtype(torch.float64)
+    arch = trace(Made(SUMS[name], **qkv()), torch.randn(2, 5, 3))
+    assert not arch.groups
+    assert {u.name for u in arch.unsplittable} - {"o"} <= {*"qkv"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
