@@ -289,6 +289,23 @@ CASES: dict[str, Case] = {
         (3, 2, 3),
         {"r": (3 * 9, RO)},
     ),
+    "one step": Case(
+        lambda: Block(lambda s, x: s.o(s.r(x)[1][0]), r=nn.LSTM(3, 4), o=nn.Linear(4, 2)),
+        (1, 2, 3),
+        {"r": (4 * 9, RO)},
+    ),
+    "one step both ways": Case(
+        lambda: Block(
+            lambda s, x: s.o(s.r(x)[0]), r=nn.RNN(3, 4, bidirectional=True, bias=False), o=nn.Linear(8, 2)
+        ),
+        (1, 2, 3),
+        {"r": (2 * 7, RO)},
+    ),
+    "one step of a cell": Case(
+        lambda: Block(lambda s, x: s.o(s.r(x)), r=nn.GRUCell(3, 4), o=nn.Linear(4, 2)),
+        (2, 3),
+        {"r": (3 * 9, RO)},
+    ),
     "encoder and decoder": Case(
         lambda: Block(_from_encoder, e=nn.LSTM(3, 3), d=nn.LSTM(3, 3), o=nn.Linear(3, 2)),
         (2, 2, 3),

@@ -82,6 +82,7 @@ class _Hidden:
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
+        self._seen = False  # whether any matrix has seen them
 
     def made(self, x: Tensor) -> Tensor:
         """The same values, as the neurons that they are."""
@@ -89,7 +90,14 @@ class _Hidden:
 
     def read(self, x: Tensor) -> Tensor:
         """What a matrix gets to see of the neurons."""
+        self._seen = True
         return self._marks.read("in:hidden", self.made(x), -1)
+
+    def done(self, x: Tensor) -> Tensor:
+        """The result; after one step from nothing the matrix of states waits for it, and must grow along."""
+        if not self._seen:
+            self.read(x)
+        return x
 
     def given(self, x: Tensor) -> Tensor:
         """A state that comes from outside: element by element it belongs to the neurons."""
@@ -193,7 +201,7 @@ def _recurrent(layer: nn.RNNBase, marks: Marks, input: Tensor | PackedSequence, 
 
     if isinstance(input, PackedSequence):
         output = PackedSequence(output, *input[1:])
-    h_n = final([state.h for state in last])
+    h_n = hidden.done(final([state.h for state in last]))
     if layer.mode != "LSTM":
         return output, h_n
     return output, (h_n, final([state.c for state in last if state.c is not None]))
@@ -283,7 +291,7 @@ def _cell(layer: RNNCellBase, marks: Marks, input: Tensor, hx: Any = None) -> An
     else:
         recurrent = torch.zeros_like(x) if b_hh is None else b_hh
     after = _step(kind, x, recurrent, state)
-    h = hidden.made(after.h)
+    h = hidden.done(hidden.made(after.h))
     return h if after.c is None else (h, hidden.made(after.c))
 
 
