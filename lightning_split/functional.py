@@ -79,7 +79,7 @@ class RawMatrices(TorchFunctionMode):
             out = func(*args, **kwargs)
             matrix: Any = args[0] if args else None
             found = self.whose(matrix)
-            if found is not None and matrix.ndim > 1 and out.stride() == _turned(matrix.stride()):
+            if found is not None and matrix.ndim > 1 and _turns(matrix, out):
                 self._views[out] = found._replace(turned=not found.turned)
             return out
         if name in _PICKS:
@@ -115,9 +115,13 @@ class RawMatrices(TorchFunctionMode):
         return out
 
 
-def _turned(strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the tensor with its last two axes exchanged."""
-    return (*strides[:-2], strides[-1], strides[-2])
+def _turns(matrix: Tensor, view: Tensor) -> bool:
+    """Whether a view has the last two axes exchanged, and no others."""
+    sizes, strides = matrix.shape, matrix.stride()
+    return (*view.shape, *view.stride()) == (
+        *(*sizes[:-2], sizes[-1], sizes[-2]),
+        *(*strides[:-2], strides[-1], strides[-2]),
+    )
 
 
 def port_of(kind: str, owner: Owner, axis: int) -> tuple[str, Port]:
@@ -242,6 +246,23 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
     return None
 
 
+def _tensordot(
+    mode: RawMatrices, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None
+) -> Reading | None:
+    """As an einsum."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(dims, Tensor) or out is not None:
+        return None
+    over = (range(a.ndim - dims, a.ndim), range(dims)) if isinstance(dims, int) else dims
+    gone = dict(
+        zip(*([d % t.ndim for d in ds] for t, ds in zip((b, a), over[::-1], strict=True)), strict=True)
+    )
+    first = string.ascii_letters[: a.ndim]
+    rest = iter(string.ascii_letters[a.ndim :])
+    second = "".join(first[gone[d]] if d in gone else next(rest) for d in range(b.ndim))
+    left = "".join(c for c in first + second if (c in first) != (c in second))
+    return _einsum(mode, torch.einsum, f"{first},{second}->{left}", a, b)
+
+
 def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
     """The equation with a letter for each axis that ``...`` stands for, which are counted from the last."""
     left, out = equation.replace(" ", "").split("->")
@@ -255,7 +276,7 @@ def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
     return f"{spelled}->{out.replace('...', letters)}"
 
 
-_TURNS = {"t", "transpose", "swapaxes", "adjoint"}
+_TURNS = {"t", "transpose", "swapaxes", "swapdims", "movedim", "permute", "adjoint"}
 _PICKS = {"__getitem__", "select", "unbind"}
 _TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _READERS: dict[str, Callable[..., Reading | None]] = {
@@ -264,4 +285,5 @@ _READERS: dict[str, Callable[..., Reading | None]] = {
     **dict.fromkeys(["addmm", "baddbmm"], _added),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _conv),
     "einsum": _einsum,
+    "tensordot": _tensordot,
 }

@@ -44,6 +44,9 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "experts from the left": (lambda m, h: torch.bmm(m.w, h.T.expand(2, -1, -1)).sum(0).T, (2, 6, 5)),
     "einsum": (lambda m, h: torch.einsum("oi,bi->bo", m.w, h), (6, 5)),
     "einsum of several": (lambda m, h: torch.einsum("bi,eio->beo", h, m.w).sum(1), (2, 5, 6)),
+    "matmul, permuted": (lambda m, h: h @ m.w.permute(1, 0) + m.b, (6, 5)),
+    "tensordot": (lambda m, h: torch.tensordot(h, m.w, dims=1) + m.b, (5, 6)),
+    "tensordot over named axes": (lambda m, h: torch.tensordot(m.w, h, dims=([-1], [1])).T + m.b, (6, 5)),
     "einsum of more axes": (lambda m, h: torch.einsum("...i, oi -> ...o", h[None], m.w)[0] + m.b, (6, 5)),
     "einsum of experts": (
         lambda m, h: torch.einsum("...ni,...io->...no", [h.expand(2, -1, -1), m.w]).sum(0),
