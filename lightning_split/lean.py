@@ -147,7 +147,7 @@ def _is_constant(input: Tensor, weight: Tensor) -> bool:
 
 
 def _alike(input: Tensor, weight: Tensor) -> bool:
-    if input.dtype != weight.dtype or not input.is_floating_point():
+    if input.dtype != weight.dtype or not input.is_floating_point() or not weight.numel():
         return False
     # the forward pass would cast, or be transformed by vmap, out of our sight
     return not (torch.is_autocast_enabled(input.device.type) or transformed())

@@ -305,3 +305,28 @@ def test_a_normalisation_that_is_refused_was_called() -> None:
     assert not arch.groups
     assert "several neurons that do not lie side by side" in reasons["one"]
     assert not arch.note
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excite, as many channels for sixteen: here none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, channels), nn.Linear(channels, 2)
+        self.down, self.up = nn.Linear(channels, channels // 16), nn.Linear(channels // 16, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h * torch.sigmoid(self.up(F.relu(self.down(h)))))
+
+
+def test_layers_without_neurons() -> None:
+    """They make and read nothing, and what is beside them grows."""
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = Squeezed(5).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    arch = assert_splits_exactly(model, x, rounds=2)
+    assert {g.name: (g.width, g.producers) for g in arch.groups} == {"first": (5, ("first", "up"))}
+    report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=1))
+    assert report.loss_after < report.loss_before

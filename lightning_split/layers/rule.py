@@ -168,7 +168,7 @@ class LayerRule(ABC):
 
     def positions(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> int:
         """How often each weight is used in one call; ``weights x positions`` are the call's MACs."""
-        return output.numel() // output.shape[self.neuron_axis(layer, output)]
+        return output.numel() // max(1, output.shape[self.neuron_axis(layer, output)])  # a layer may be empty
 
 
 def several(ports: AxisPorts) -> tuple[Port, ...]:
