@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture, Counted, PortMap
 from lightning_split.context import GrowthContext
 from lightning_split.effective import stored_sizes
-from lightning_split.layers import Block, Port, layer_tensors, rule_for
-from lightning_split.loose import growing_tensors, loose_port
+from lightning_split.layers import Block, Port, layer_tensors, port_kind, rule_for
+from lightning_split.loose import growing_tensors
 from lightning_split.measuring import undisturbed
 from lightning_split.pricing import Axis, Prices, Product
 from lightning_split.surgery import Surgery
@@ -139,7 +139,8 @@ def weights(model: nn.Module, arch: Architecture) -> Iterator[WeightSize]:
             elif tensor.ndim > 1 and any((path, b.port) in arch.made for b in axes.get(0, ())):
                 macs = Product(1.0, (groups.used(arch, path, axes[0]), *sizes[1:]))
             elif tensor.ndim > 1:
-                macs = Product(arch.uses.get(path, 0.0), tuple(sizes))
+                uses = arch.uses.get(path, 0.0) + arch.multiplied.get((path, name), 0.0)
+                macs = Product(uses, tuple(sizes))
             yield WeightSize(tensor, Product(1.0, tuple(sizes)), macs if macs and macs.factor else None)
 
 
@@ -211,13 +212,11 @@ def raw_products(model: nn.Module, arch: Architecture) -> Iterator[RawProduct]:
     """Every raw matrix that reads or makes neurons."""
     groups = _Groups(arch)
     for (path, name), uses in arch.multiplied.items():
-        tensor, sizes, made = model.get_submodule(path).get_parameter(name), list[Axis](), None
-        for axis, length in enumerate(tensor.shape):
-            kinds = [(path, loose_port(name, axis, kind)) for kind in ("in", "out")]
-            found = next((arch.ports[key] for key in kinds if key in arch.ports), None)
-            sizes.append(Axis(float(length), tuple(groups.on(found).items())))
-            made = axis if kinds[1] in arch.ports else made
-        yield RawProduct(tensor, tuple(sizes), made, uses)
+        layer = model.get_submodule(path)
+        tensor, axes = growing_tensors(layer, [port for p, port in arch.ports if p == path])[name]
+        sizes = [groups.along(arch, path, axes.get(a, ()), n) for a, n in enumerate(tensor.shape)]
+        made = [a for a, blocks in axes.items() if any(port_kind(b.port) == "out" for b in blocks)]
+        yield RawProduct(tensor, tuple(sizes), made[-1] if made else None, uses)
 
 
 class LayerCall(NamedTuple):

@@ -1,4 +1,4 @@
-"""Raw matrices: parameters of modules without a rule that a forward pass multiplies activations with.
+"""Raw matrices: weights that a forward pass multiplies activations with by itself, and not through a layer.
 
 ``x @ self.weight``, ``self.weight @ x``, ``F.linear(x, self.weight)``, ``F.conv2d(x, self.weight)`` and
 ``torch.einsum`` with such a matrix read neurons along one of its axes and make neurons along another, like a
@@ -13,24 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_split.layers import Port
-from lightning_split.loose import loose_port, loose_tensors
+from lightning_split.matrices import Matrix, Owner, Weights, turns
 
-__all__ = ["RawMatrices", "Reading", "port_of", "raw_matrices"]
-
-Owner = tuple[str, str]
-
-
-class Matrix(NamedTuple):
-    """A raw matrix as it stands in a call."""
-
-    owner: Owner
-    turned: bool = False  # whether its last two axes are exchanged
-    picked: int = 0  # number of leading axes along which one entry was picked, that of an expert, say
+__all__ = ["RawMatrices", "Reading"]
 
 
 class Reading(NamedTuple):
@@ -41,136 +29,109 @@ class Reading(NamedTuple):
     reads: tuple[tuple[int, int], ...]  # an axis of x that is summed, and the matrix's: neurons lie on one
     make: int | None  # and makes some; None for a vector
     out: int  # axis of the result along which neurons are made
-    fan: int  # number of the matrix's entries that go into one element of the result
+    fan: int  # number of the matrix's entries that one element of the result is made of
     call: Callable[[Tensor], Tensor]  # with what was read
     bias: Tensor | None = None  # added to the result
+    groups: int = 1  # into which the channels are cut
+    spreads: bool = False  # it is the elements of x that meet so many entries each
 
-
-def raw_matrices(model: nn.Module) -> dict[int, Owner]:
-    """The loose parameters that may be multiplied with, by identity."""
-    return {
-        id(tensor): (path, name)
-        for path, module in model.named_modules()
-        for name, tensor in loose_tensors(module).items()
-        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-    }
+    def count(self, output: Tensor) -> int:
+        """Multiply-accumulates of the call."""
+        return (self.x if self.spreads else output).numel() * self.fan
 
 
 class RawMatrices(TorchFunctionMode):
     """Tells when a raw matrix is multiplied with activations.
 
     Args:
-        owners: :func:`raw_matrices` of the model.
+        weights: Those of the model.
         through: Runs such a call, with neurons read before it and made after it.
     """
 
-    def __init__(self, owners: dict[int, Owner], through: Callable[[Reading], Tensor | None]) -> None:
+    def __init__(self, weights: Weights, through: Callable[[Reading], Tensor | None]) -> None:
         super().__init__()
-        self._owners = owners
+        self._weights = weights
         self._through = through
-        self._views: WeakIdKeyDictionary = WeakIdKeyDictionary()  # transposed and picked matrices
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _TURNS or func in _TURNING:
+        if turns(func):
             out = func(*args, **kwargs)
-            matrix: Any = args[0] if args else None
-            found = self.whose(matrix)
-            if found is not None and matrix.ndim > 1 and _turns(matrix, out):
-                self._views[out] = found._replace(turned=not found.turned)
+            self._weights.follow(func, args, kwargs, out)
             return out
-        if name in _PICKS:
-            return self._picked(func(*args, **kwargs), args)
         reader = _READERS.get(name)
-        reading = reader(self, func, *args, **kwargs) if reader is not None else None
+        reading = reader(self._weights, func, *args, **kwargs) if reader is not None else None
         done = None if reading is None else self._through(reading)
         if done is None:
             return func(*args, **kwargs)
         return done if reading is None or reading.bias is None else done + reading.bias
 
-    def whose(self, tensor: Any) -> Matrix | None:
-        """Which matrix this is."""
-        if not isinstance(tensor, Tensor):
-            return None
-        owner = self._owners.get(id(tensor))
-        if owner is not None:
-            return Matrix(owner)
-        found: Matrix | None = self._views.get(tensor)
-        return found
 
-    def _picked(self, out: Any, args: Any) -> Any:
-        """Take note of one entry along the first axis of a matrix, or of all of them one by one."""
-        found = self.whose(args[0]) if args else None
-        if found is not None and not found.turned:
-            for part in out if isinstance(out, tuple) else (out,):
-                if (
-                    part.shape == args[0].shape[1:]
-                    and part.ndim > 1
-                    and part.stride() == args[0].stride()[1:]
-                ):
-                    self._views[part] = found._replace(picked=found.picked + 1)
-        return out
-
-
-def _turns(matrix: Tensor, view: Tensor) -> bool:
-    """Whether a view has the last two axes exchanged, and no others."""
-    sizes, strides = matrix.shape, matrix.stride()
-    return (*view.shape, *view.stride()) == (
-        *(*sizes[:-2], sizes[-1], sizes[-2]),
-        *(*strides[:-2], strides[-1], strides[-2]),
+def _linear(weights: Weights, func: Any, input: Any, weight: Any, bias: Any = None) -> Reading | None:
+    found = weights.whose(weight)
+    if found is None or weight.ndim != 2 or weights.whose(input) is not None:
+        return None
+    make, read = found.axes
+    own = bias if weights.has_bias(found.owner, bias) else None
+    rest = None if own is not None else bias
+    return _reading(
+        found, input, ((-1, read),), make, -1, weight.shape[-1], lambda x: func(x, weight, own), rest
     )
 
 
-def port_of(kind: str, owner: Owner, axis: int) -> tuple[str, Port]:
-    """The port on which a raw matrix reads or makes neurons."""
-    path, name = owner
-    return path, loose_port(name, axis, kind)
-
-
-def _linear(mode: RawMatrices, func: Any, input: Any, weight: Any, bias: Any = None) -> Reading | None:
-    found = mode.whose(weight)
-    if found is None or weight.ndim != 2 or mode.whose(input) is not None:
+def _reading(
+    found: Matrix,
+    x: Tensor,
+    reads: Sequence[tuple[int, int | None]],
+    make: int | None,
+    out: int,
+    fan: int,
+    call: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Reading | None:
+    """The reading, unless something is summed that is no axis of the parameter."""
+    known = tuple((axis, row) for axis, row in reads if row is not None)
+    if len(known) < len(reads):
         return None
-    read, make = found.picked + 1 - found.turned, found.picked + found.turned
-    fan = weight.shape[-1]
-    return Reading(found.owner, input, ((-1, read),), make, -1, fan, lambda x: func(x, weight), bias)
+    return Reading(found.owner, x, known, make, out, fan, call, bias)
 
 
-def _matmul(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
+def _matmul(weights: Weights, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
     if len(args) != 2 or kwargs or not all(isinstance(t, Tensor) for t in args):
         return None
     left, right = args
-    first, second = map(mode.whose, args)
-    if first is not None and second is None and left.ndim > 1 and right.ndim:
+    first, second = map(weights.whose, args)
+    if first is not None and second is None and left.ndim and right.ndim:
         return _from_the_left(first, left, right, lambda x: func(left, x))
     if second is None or first is not None or not left.ndim:
         return None
     return _product(second, left, right, lambda x: func(x, right))
 
 
-def _from_the_left(found: Matrix, weight: Tensor, x: Tensor, call: Callable[[Tensor], Tensor]) -> Reading:
+def _from_the_left(
+    found: Matrix, weight: Tensor, x: Tensor, call: Callable[[Tensor], Tensor]
+) -> Reading | None:
     """``weight @ x``: what is read lies along the last axis but one, as what is made does."""
-    make, read = weight.ndim - 2, weight.ndim - 1
-    if found.turned:
-        read, make = make, read
     axis = -2 if x.ndim > 1 else -1
-    reads = ((axis, read + found.picked),)
-    return Reading(found.owner, x, reads, make + found.picked, axis, weight.shape[-1], call)
+    make = found.axes[-2] if weight.ndim > 1 else None
+    return _reading(found, x, ((axis, found.axes[-1]),), make, axis, weight.shape[-1], call)
 
 
 def _added(
-    mode: RawMatrices, func: Any, input: Any, *factors: Any, beta: Any = 1, alpha: Any = 1, **named: Any
+    weights: Weights, func: Any, input: Any, *factors: Any, beta: Any = 1, alpha: Any = 1, **named: Any
 ) -> Reading | None:
     factors += tuple(named[name] for name in ("mat1", "mat2", "batch1", "batch2") if name in named)
     if len(factors) != 2 or "out" in named or (beta, alpha) != (1, 1):
         return None
     x, weight = factors
-    found = mode.whose(weight)
-    if found is None or mode.whose(x) is not None:
+    found = weights.whose(weight)
+    if found is None or weights.whose(x) is not None:
         return None
+    if weights.has_bias(found.owner, input):
+        return _product(found, x, weight, lambda x: torch.matmul(x, weight) + input)
     return _product(found, x, weight, lambda x: torch.matmul(x, weight), input)
 
 
@@ -180,18 +141,15 @@ def _product(
     weight: Tensor,
     call: Callable[[Tensor], Tensor],
     bias: Tensor | None = None,
-) -> Reading:
+) -> Reading | None:
     """A vector, a matrix, or one matrix for each entry of the batch (the experts of a mixture)."""
-    read, make = max(0, weight.ndim - 2), weight.ndim - 1
-    if found.turned:
-        read, make = make, read
+    *_, read, make = (None, found.axes[0], None) if weight.ndim == 1 else found.axes
     fan = weight.shape[-2] if weight.ndim > 1 else len(weight)
-    makes = None if weight.ndim == 1 else make + found.picked
-    return Reading(found.owner, x, ((-1, read + found.picked),), makes, -1, fan, call, bias)
+    return _reading(found, x, ((-1, read),), make, -1, fan, call, bias)
 
 
 def _conv(
-    mode: RawMatrices,
+    weights: Weights,
     func: Any,
     input: Any,
     weight: Any,
@@ -201,21 +159,55 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Reading | None:
-    found = mode.whose(weight)
-    if found is None or found.turned or groups != 1 or mode.whose(input) is not None:
-        return None
-    axis = 1 - weight.ndim
-    if bias is not None:
-        bias = bias.view(-1, *[1] * (weight.ndim - 2))
     rest = stride, padding, dilation, groups
+    return _convolved(weights, func, input, weight, bias, rest, groups, transposed=False)
+
+
+def _conv_transpose(
+    weights: Weights,
+    func: Any,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Reading | None:
+    rest = stride, padding, output_padding, groups, dilation
+    return _convolved(weights, func, input, weight, bias, rest, groups, transposed=True)
+
+
+def _convolved(
+    weights: Weights,
+    func: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    rest: Any,
+    groups: int,
+    transposed: bool,
+) -> Reading | None:
+    found = weights.whose(weight)
+    if found is None or weights.whose(x) is not None:
+        return None
+    make, read = found.axes[1::-1] if transposed else found.axes[:2]
+    if groups != 1 and weights.lent(found.owner, make, "out") is None:
+        return None
+    axis, own = 1 - weight.ndim, None
+    if weights.has_bias(found.owner, bias):
+        own, bias = bias, None
+    elif bias is not None:
+        bias = bias.view(-1, *[1] * (weight.ndim - 2))
     fan = weight.numel() // len(weight)
-    reads = ((axis, found.picked + 1),)
-    return Reading(
-        found.owner, input, reads, found.picked, axis, fan, lambda x: func(x, weight, None, *rest), bias
+    reading = _reading(
+        found, x, ((axis, read),), make, axis, fan, lambda x: func(x, weight, own, *rest), bias
     )
+    return None if reading is None else reading._replace(groups=groups, spreads=transposed)
 
 
-def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
+def _einsum(weights: Weights, func: Any, *args: Any, **kwargs: Any) -> Reading | None:
     if len(args) == 2 and isinstance(args[1], (list, tuple)):
         args = args[0], *args[1]
     if len(args) != 3 or not isinstance(args[0], str) or kwargs or "->" not in args[0]:
@@ -223,8 +215,8 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
     terms, out = _spelled_out(args[0], args[1:]).split("->")
     for n in (0, 1):
         x, weight = args[2 - n], args[1 + n]
-        found = mode.whose(weight)
-        if found is None or found.turned or mode.whose(x) is not None:
+        found = weights.whose(weight)
+        if found is None or weights.whose(x) is not None:
             continue
         of_weight, of_x = terms.split(",")[n], terms.split(",")[1 - n]
         if "." in terms or len(set(of_weight)) < len(of_weight) or len(set(of_x)) < len(of_x):
@@ -238,16 +230,16 @@ def _einsum(mode: RawMatrices, func: Any, *args: Any, **kwargs: Any) -> Reading 
             result: Tensor = func(args[0], *((weight, read) if first == 0 else (read, weight)))
             return result
 
-        make = of_weight.index(new[-1]) + found.picked if new else None
+        make = found.axes[of_weight.index(new[-1])] if new else None
         at = out.index(new[-1]) if new else 0
-        reads = tuple((of_x.index(c), of_weight.index(c) + found.picked) for c in gone)
+        reads = tuple((of_x.index(c), found.axes[of_weight.index(c)]) for c in gone)
         fan = math.prod(weight.shape[of_weight.index(c)] for c in gone)
-        return Reading(found.owner, x, reads, make, at, fan, call)
+        return _reading(found, x, reads, make, at, fan, call)
     return None
 
 
 def _tensordot(
-    mode: RawMatrices, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None
+    weights: Weights, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None
 ) -> Reading | None:
     """As an einsum."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(dims, Tensor) or out is not None:
@@ -260,7 +252,7 @@ def _tensordot(
     rest = iter(string.ascii_letters[a.ndim :])
     second = "".join(first[gone[d]] if d in gone else next(rest) for d in range(b.ndim))
     left = "".join(c for c in first + second if (c in first) != (c in second))
-    return _einsum(mode, torch.einsum, f"{first},{second}->{left}", a, b)
+    return _einsum(weights, torch.einsum, f"{first},{second}->{left}", a, b)
 
 
 def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
@@ -276,14 +268,12 @@ def _spelled_out(equation: str, operands: Sequence[Tensor]) -> str:
     return f"{spelled}->{out.replace('...', letters)}"
 
 
-_TURNS = {"t", "transpose", "swapaxes", "swapdims", "movedim", "permute", "adjoint"}
-_PICKS = {"__getitem__", "select", "unbind"}
-_TURNING = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _READERS: dict[str, Callable[..., Reading | None]] = {
     "linear": _linear,
     **dict.fromkeys(["matmul", "__matmul__", "mm", "mv", "bmm"], _matmul),
     **dict.fromkeys(["addmm", "baddbmm"], _added),
     **dict.fromkeys(["conv1d", "conv2d", "conv3d"], _conv),
+    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _conv_transpose),
     "einsum": _einsum,
     "tensordot": _tensordot,
 }

@@ -22,6 +22,7 @@ from lightning_split.architecture import (
     ThetaBlock,
     Unsplittable,
 )
+from lightning_split.borrowed import Loans
 from lightning_split.layers import Block, LayerRule, layer_tensors, port_kind
 from lightning_split.loose import growing_tensors, loose_axes, loose_port, loose_size
 from lightning_split.neurons import NeuronTable
@@ -43,13 +44,16 @@ class Findings:
     rules: Mapping[str, LayerRule]
     raw: Mapping[str, Mapping[str, Tensor]]  # the loose tensors of each module
     tally: Tally
-    table: NeuronTable = field(default_factory=NeuronTable)
+    loans: Loans
+    table: NeuronTable
     ports: dict[PortKey, Tensor] = field(default_factory=dict)  # ids at each position of each port
     loose: dict[PortKey, Tensor] = field(default_factory=dict)  # and along the axes of loose tensors
     adopted: set[int] = field(default_factory=set)  # ids of those that met neurons element by element
     added: set[tuple[str, str]] = field(default_factory=set)  # loose tensors added to neurons
     pairs: list[Pair] = field(default_factory=list)  # products of activations, summed over neurons
     blank: dict[PortKey, int] = field(default_factory=dict)  # sizes of ports that have read constants only
+    borrowed: set[tuple[str, str]] = field(default_factory=set)  # tensors of layers that met activations
+    called: set[str] = field(default_factory=set)  # layers with a rule, whatever they read
     passed: set[str] = field(default_factory=set)  # channelwise layers that were called
     starved: set[str] = field(default_factory=set)  # layers through which no sample has gone
     uses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -62,6 +66,7 @@ class Findings:
         """Sort the neurons into groups by where they occur."""
         self.blank = {key: size for key, size in self.blank.items() if key not in self.ports}
         self.ports |= {key: torch.full((size,), -1) for key, size in self.blank.items()}
+        self.loans.settle(self.borrowed, self.ports, self.called, self.adopted)
         raw = self._matrices()
         read = [labels.numpy() for key, labels in self.ports.items() if port_kind(key[1]) == "in"]
         weights = weighing(self.pairs, self.table, np.concatenate([np.zeros(0, np.int64), *read]))
@@ -95,9 +100,11 @@ class Findings:
             self._not_called(),
         )
 
-    def loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor:
-        """The ids along an axis of a loose tensor."""
+    def loose_ids(self, owner: tuple[str, str], axis: int, size: int) -> Tensor | None:
+        """The ids along an axis of a loose tensor, or of one that a layer lends; ``None`` if none may be."""
         path, name = owner
+        if self.loans.cover(path, name):
+            return self.loans.along(path, name, axis)
         key = path, loose_port(name, axis)
         if key not in self.loose:
             self.loose[key] = torch.from_numpy(self.table.mint(size))
@@ -114,7 +121,9 @@ class Findings:
                         continue
                     found.add((path, loose_port(name, axis)))
                     full = f"{path}.{name}".lstrip(".")
-                    own = self.loose_ids((path, name), axis, tensor.shape[axis]).numpy()
+                    ids_along = self.loose_ids((path, name), axis, tensor.shape[axis])
+                    assert ids_along is not None
+                    own = ids_along.numpy()
                     for labels in ports:
                         if labels is not None:
                             ids = labels.numpy()

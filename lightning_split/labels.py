@@ -7,7 +7,7 @@ of the labels (:mod:`lightning_split.operators`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Handler",
+    "Held",
     "LabelMode",
     "stored_once",
     "tensors_of",
@@ -63,7 +64,7 @@ class LabelMode(TorchDispatchMode):
         where: Callable[[], str],
         handler_of: Callable[[Any], Handler],
         follow: Callable[[Any], None] = lambda out: None,
-        label: Callable[[Owner, int, int], Tensor] | None = None,
+        label: Callable[[Owner, int, int], Tensor | None] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = table
@@ -71,13 +72,14 @@ class LabelMode(TorchDispatchMode):
         self.inside = 0  # > 0 while weights may be used: in a layer with a rule, followed or not
         self.chunks = 0  # > 0 while the user's code asks for a number of pieces, not for pieces of a size
         self.lines, self.pairs = Lines(), list[Pair]()
-        self.owned: dict[int, Owner] = {}  # id of a tensor that has neurons on an axis -> whose it is
+        self.owned: dict[int, Held] = {}  # id of a tensor that has neurons on an axis -> whose it is
         self.open_dim: int | None = None  # where a reshape that runs was given -1: this dimension may grow
         self.parameters: dict[int | None, nn.Parameter] = {}  # by their memory
         self.kept: list[
             tuple[nn.Parameter, Tensor]
         ] = []  # those that were written to, with their values before
         self.leaked: dict[Owner, str] = {}  # what was used outside of its layer, and by what
+        self.borrowed: set[Owner] = set()  # the same, of tensors whose guesses tell what became of them
         self.place = where
         self.tally: Tally | None = None  # counts what is multiplied
         self.guesses = Guesses(self, label or (lambda owner, axis, size: self.phantoms(size)))
@@ -240,7 +242,7 @@ class LabelMode(TorchDispatchMode):
             if not neurons:
                 self._without_neurons(func, name, args, kwargs, inputs, loose, out, mutated)
                 return out
-            self.guesses.meet(func, name, loose, neurons)
+            self.guesses.meet(func, name, args, loose, neurons)
         before = [(t, self.get(t)) for t in mutated]
         with torch._C.DisableTorchFunction():
             if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass
@@ -293,7 +295,7 @@ class LabelMode(TorchDispatchMode):
     def watch(self, tensors: Iterable[Tensor], owners: frozenset[Owner]) -> None:
         """Notice where these scalars, which were computed of weights, are used."""
         for tensor in tensors:
-            self._weights[tensor] = owners
+            self._weights[tensor] = frozenset(Held(owner) for owner in owners)
 
     def _check_write(self, name: str, tensor: Tensor, before: Tensor | None) -> None:
         """An in-place write that changes what a tensor's elements belong to is not followed."""
@@ -314,14 +316,17 @@ class LabelMode(TorchDispatchMode):
     def leak(self, tensors: Iterable[Tensor], why: str) -> None:
         """What the network computes depends on weights other than through their layer."""
         for tensor in tensors:
-            for owner in self._owners(tensor):
-                self.leaked.setdefault(owner, f"{why}{self.where()}")
+            for held in self._owners(tensor):
+                if held.lent:
+                    self.borrowed.add(held.owner)
+                else:
+                    self.leaked.setdefault(held.owner, f"{why}{self.where()}")
 
-    def _owners(self, tensor: Tensor) -> frozenset[Owner]:
-        owner = self.owned.get(id(tensor))
-        if owner is not None:
-            return frozenset({owner})
-        found: frozenset[Owner] = self._weights.get(tensor, frozenset())
+    def _owners(self, tensor: Tensor) -> frozenset[Held]:
+        held = self.owned.get(id(tensor))
+        if held is not None:
+            return frozenset({held})
+        found: frozenset[Held] = self._weights.get(tensor, frozenset())
         return found
 
     def _follow_weights(self, name: str, inputs: list[Tensor], out: Any) -> None:
@@ -338,6 +343,15 @@ class LabelMode(TorchDispatchMode):
 
 
 Owner = tuple[str, str]  # path of a layer, name of its tensor
+
+
+class Held(NamedTuple):
+    """Whose a tensor is that was computed of a layer's."""
+
+    owner: Owner
+    lent: bool = False  # whether the layer lends it, so that what becomes of it is guessed
+
+
 Handler = Callable[["LabelMode", Any, str, Sequence[Any], dict[str, Any], list[Tensor], Any], None]
 
 

@@ -25,7 +25,15 @@ from lightning_split.layers import Block, Port, known_type, layer_tensors, rule_
 if TYPE_CHECKING:
     from lightning_split.labels import LabelMode, Owner
 
-__all__ = ["Guesses", "growing_tensors", "loose_axes", "loose_port", "loose_size", "loose_tensors"]
+__all__ = [
+    "Guesses",
+    "filters_apart",
+    "growing_tensors",
+    "loose_axes",
+    "loose_port",
+    "loose_size",
+    "loose_tensors",
+]
 
 
 def loose_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -89,10 +97,10 @@ class Guesses:
 
     Args:
         mode: Carries the labels of neurons.
-        label: The ids along an axis of a loose tensor.
+        label: The ids along an axis of a loose tensor; ``None`` where no neurons can be.
     """
 
-    def __init__(self, mode: LabelMode, label: Callable[[Owner, int, int], Tensor]) -> None:
+    def __init__(self, mode: LabelMode, label: Callable[[Owner, int, int], Tensor | None]) -> None:
         self.leaves: dict[int, Owner] = {}  # id of a loose tensor -> whose it is
         self.subject = ""  # whose guesses are looked at, as the end of a reason
         self._mode = mode
@@ -129,7 +137,9 @@ class Guesses:
         for labels in self._of(tensor):
             self._bar(tensor, labels, why)
 
-    def meet(self, func: Any, name: str, loose: Sequence[Tensor], neurons: Sequence[Tensor]) -> None:
+    def meet(
+        self, func: Any, name: str, args: Sequence[Any], loose: Sequence[Tensor], neurons: Sequence[Tensor]
+    ) -> None:
         """An operator brings loose tensors together with neurons."""
         dims: set[int] = set()
         for t in neurons:
@@ -141,6 +151,8 @@ class Guesses:
                 self.added |= self._owners_of(t)
             if is_pointwise(func) or name in _JOINS:
                 self.adopt(t, frozenset(dims), f"{name} uses it along other neurons")
+            elif name == "convolution" and filters_apart(args) and dims == {1 - args[0].ndim}:
+                self.adopt(t, frozenset({-t.ndim}), f"{name} uses it along other neurons")
             else:
                 self.fix(t, f"{name} reads it")
 
@@ -165,8 +177,8 @@ class Guesses:
         for world in self._worlds(name, loose):
             for t, labels in world:
                 self._mode.set(t, labels)
-            names = _names(frozenset(o for t, _ in world for o in self._owners_of(t)))
-            self.subject = f", seen on the tensor {names}, which no rule covers" if names else ""
+            whose = self._told(frozenset(o for t, _ in world for o in self._owners_of(t)))
+            self.subject = f", seen on {whose}" if whose else ""
             try:
                 handle()
             finally:
@@ -204,9 +216,11 @@ class Guesses:
         if found is None and owner is not None and owner not in self._fixed:
             found = []
             for axis in loose_axes(tensor):
+                labels = self._label(owner, axis, tensor.shape[axis])
                 shape = [1] * tensor.ndim
                 shape[axis] = -1
-                found.append(self._label(owner, axis, tensor.shape[axis]).view(shape).expand(tensor.shape))
+                if labels is not None:
+                    found.append(labels.view(shape).expand(tensor.shape))
             self._found[tensor] = found
         return found or []
 
@@ -218,21 +232,29 @@ class Guesses:
         return found
 
     def _bar(self, tensor: Tensor, labels: Tensor, why: str) -> None:
-        names = _names(self._owners_of(tensor))
-        what = f"the tensor {names}, which no rule covers, belongs to them, and " if names else ""
+        whose = self._told(self._owners_of(tensor))
+        what = f"{whose}, belongs to them, and " if whose else ""
         self._mode.table.bar(self._mode.ids(labels), f"{what}{why}{self._mode.place()}")
+
+    def _told(self, owners: frozenset[Owner]) -> str:
+        if not owners:
+            return ""
+        names = " and ".join(sorted(f"'{path}.{name}'" if path else f"'{name}'" for path, name in owners))
+        return f"the tensor {names}, which the code uses itself"
 
     def _dims(self, labels: Tensor) -> frozenset[int]:
         return frozenset(d - labels.ndim for d, v in enumerate(self._mode.varying(labels)) if v)
 
 
-def _names(owners: frozenset[Owner]) -> str:
-    return " and ".join(sorted(f"'{path}.{name}'" if path else f"'{name}'" for path, name in owners))
+def filters_apart(args: Sequence[Any]) -> bool:
+    """Whether a convolution with these arguments has filters of its own for each channel."""
+    x, weight, groups = args[0], args[1], args[8]
+    return bool(weight.shape[1] == 1 and groups == x.shape[1])
 
 
 # Operators after which nothing is left of the axes that they read.
 _READS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "native_layer_norm"}
-_READS |= {"native_group_norm", "native_batch_norm", "_fused_rms_norm", "embedding"}
+_READS |= {"native_group_norm", "native_batch_norm", "_fused_rms_norm"}
 # Operators that bring elements together one by one, but for the pointwise ones.
 _JOINS = {"cat", "stack", "copy_", "masked_fill", "masked_fill_", "index_put", "index_put_"}
 _JOINS |= {"_index_put_impl_", "_unsafe_index_put"}

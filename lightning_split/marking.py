@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_split.functional import RawMatrices, Reading, port_of, raw_matrices
+from lightning_split.functional import RawMatrices, Reading
 from lightning_split.layers import LayerRule, Port, rule_for
+from lightning_split.matrices import Weights
 from lightning_split.outlines import shape_only
 
 __all__ = ["Watcher", "watched"]
@@ -54,14 +55,14 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """
     sealed = [0]  # > 0 while a layer's own forward runs
     rules = {path: (layer, rule) for path, layer in model.named_modules() if (rule := rule_for(layer))}
-    matrices = raw_matrices(model)
+    weights = Weights(model)
     kernels = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for path, (layer, rule) in rules.items():
             # An attribute of the instance goes before the method of the class.
             layer.__dict__["forward"] = partial(_run, sealed, watcher, path, layer, rule)
-        with RawMatrices(matrices, partial(_multiply, sealed, watcher)) if matrices else nullcontext():
+        with RawMatrices(weights, partial(_multiply, sealed, weights, watcher)) if weights else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(kernels)
@@ -69,20 +70,23 @@ def watched(model: nn.Module, watcher: Watcher) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _multiply(sealed: list[int], watcher: Watcher, reading: Reading) -> Tensor | None:
+def _multiply(sealed: list[int], weights: Weights, watcher: Watcher, reading: Reading) -> Tensor | None:
     """A product with a raw matrix, unless it is a layer's own business."""
-    reads = (
-        [] if sealed[0] else [r for r in reading.reads if watcher.concerns(reading.owner, reading.x, r[0])]
-    )
-    if not reads:
+    if sealed[0]:
         return None
     owner, x = reading.owner, reading.x
-    for axis, row in reads:
-        x = watcher.read(*port_of("in", owner, row), x, axis)
+    sites = weights.sites(owner, reading.reads, reading.make, reading.groups)
+    if sites is None:
+        return None
+    reads = [read for read in sites.reads if watcher.concerns(owner, x, read[0])]
+    if not reads:
+        return None
+    for axis, key in reads:
+        x = watcher.read(*key, x, axis)
     output: Tensor = watcher.sealed(lambda: reading.call(x))
-    if reading.make is not None:
-        output = watcher.made(*port_of("out", owner, reading.make), output, reading.out)
-    watcher.multiplied(*owner, output.numel() * reading.fan, output)
+    if sites.made is not None:
+        output = watcher.made(*sites.made, output, reading.out)
+    watcher.multiplied(*owner, reading.count(output), output)
     return output
 
 

@@ -100,6 +100,15 @@ def _lookup(op: Operation) -> None:
         op.mode.set(op.outputs[0], labels)
 
 
+def _embedding(op: Operation) -> None:
+    """Rows of a table, along whose other axis neurons may lie."""
+    labels = op.labels()
+    if labels is None or len(op.labelled) > 1 or op.mode.varying(labels)[0]:
+        barrier(op)
+    else:
+        op.mode.set(op.outputs[0], labels[0].expand(op.outputs[0].shape))
+
+
 def _glu(op: Operation) -> None:
     """The first half of an axis, each element with its gate in the second half."""
     labels = op.labels()
@@ -282,6 +291,7 @@ _ACTIONS: dict[str, Action] = {
     **_all(_pointwise, *_UNTAGGED),
     **_all(_loss, *_LOSSES, "binary_cross_entropy_with_logits"),
     **_all(_lookup, "bucketize", "searchsorted"),
+    "embedding": _embedding,
     "glu": _glu,
     **_all(_noise, *DRAWN - {"multinomial"}),
     **_all(_dropout, "bernoulli", "bernoulli_"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_split.barriers import BARRIERS, NO_WEIGHTS, PRODUCT, barrier
 from lightning_split.labels import LabelMode
+from lightning_split.loose import filters_apart
 from lightning_split.operation import Operation, narrowed
 
 __all__ = ["attention", "convolution", "matmul", "summed"]
@@ -98,6 +99,9 @@ def convolution(op: Operation) -> None:
     """
     mode, (x, weight, bias) = op.mode, op.args[:3]
     labels = mode.get(x)
+    if labels is not None and len(op.labelled) > 1 and filters_apart(op.args):
+        _filtered(op, labels)
+        return
     if labels is None or len(op.labelled) > 1:
         barrier(op)
         return
@@ -112,6 +116,24 @@ def convolution(op: Operation) -> None:
         mode.set(out, core.repeat_interleave(out.shape[1] // x.shape[1], 1).expand(out.shape))
     else:
         barrier(op)
+
+
+def _filtered(op: Operation, labels: Tensor) -> None:
+    """Each channel has filters of its own, which are copied with it."""
+    mode, out = op.mode, op.outputs[0]
+    if [d for d, v in enumerate(mode.varying(labels)) if v] != [1]:
+        barrier(op)
+        return
+    found = narrowed(labels, [d for d in range(labels.ndim) if d != 1]).flatten()
+    found = found.repeat_interleave(out.shape[1] // len(found))
+    for t in op.args[1:3]:
+        own = None if t is None else mode.get(t)
+        if own is not None:
+            found = mode.unify(found, narrowed(own, range(1, own.ndim)).flatten(), op.name)
+        elif t is not None and not mode.constants.flat(t)[0]:
+            barrier(op)
+            return
+    mode.set(out, found.view(1, -1, *[1] * (out.ndim - 2)).expand(out.shape))
 
 
 def attention(op: Operation) -> None:

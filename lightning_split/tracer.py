@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_split.architecture import PortKey
+from lightning_split.borrowed import Loans, lending, sorted_tensors
 from lightning_split.calls import CallMode
 from lightning_split.constants import storage_key
-from lightning_split.effective import originals_of
 from lightning_split.grouping import Findings
 from lightning_split.labels import BookKeeping, LabelMode, Owner, stored_once
 from lightning_split.layers import LayerRule, Port, layer_tensors, port_kind, rule_for
 from lightning_split.loose import loose_size, loose_tensors
 from lightning_split.marking import Watcher, watched
 from lightning_split.measuring import fixed_statistics, keep_in_mind, tensors_in, undisturbed
+from lightning_split.neurons import NeuronTable
 from lightning_split.operators import handler_of
 from lightning_split.positions import Positional, Positions
 from lightning_split.readings import Readings
@@ -53,7 +54,9 @@ class Tracer(Watcher):
         layers = dict(model.named_modules())
         rules = {path: rule for path, m in layers.items() if (rule := rule_for(m)) is not None}
         raw = {path: loose_tensors(m) for path, m in layers.items()}  # untold while watched
-        self.found = Findings(layers, rules, raw, Tally(batch_size))
+        table = NeuronTable()
+        loans = Loans(table, {path: lending(m) for path, m in layers.items()})
+        self.found = Findings(layers, rules, raw, Tally(batch_size), loans, table)
         self.seen: dict[bool, Readings] = {}
         self._rows = {  # of the weights behind each port, of layers that read inputs of several lengths
             (path, port): rows
@@ -84,21 +87,7 @@ class Tracer(Watcher):
         )
         with undisturbed(self.model, train=train), torch.set_grad_enabled(graph):
             mode.tally = self.found.tally if self.count_uses else None
-            mode.owned = {
-                id(tensor): (path, name)
-                for path in self.found.rules
-                for name, (tensor, _) in layer_tensors(self.found.layers[path]).items()
-            }
-            mode.owned |= {  # what a weight is computed of is as good as the weight
-                id(original): (path, name)
-                for path in self.found.rules
-                for name, original in originals_of(self.found.layers[path])
-            }
-            mode.guesses.leaves = {
-                id(tensor): (path, name)
-                for path, module in self.found.layers.items()
-                for name, tensor in loose_tensors(module).items()
-            }
+            mode.owned, mode.guesses.leaves = sorted_tensors(self.found.layers)
             fixed_statistics(self.model)  # which one sample per channel would be too few for
             mode.parameters = {storage_key(p): p for p in self.model.parameters()}
             try:
@@ -115,6 +104,7 @@ class Tracer(Watcher):
             if self._outputs_count:
                 mode.leak([tensor], "is part of the model's output")
         self.found.leaked.update(mode.leaked)
+        self.found.borrowed |= mode.borrowed
         self.found.adopted |= mode.guesses.adopted
         self.found.added |= mode.guesses.added
         self.found.pairs += mode.pairs
@@ -149,6 +139,7 @@ class Tracer(Watcher):
     def around(self, path: str, layer: nn.Module, args: Any, kwargs: Any, call: Callable[[], Any]) -> Any:
         """Run a layer, so that its weights are not taken for those of an operator outside of a layer."""
         mode, rule, tensors = self._mode, self.found.rules[path], tensors_in((args, kwargs))
+        self.found.called.add(path)
         if tensors and not tensors[0].numel():
             self.found.starved.add(path)
         if path in self.positions.known:
@@ -223,7 +214,7 @@ class Tracer(Watcher):
     def multiplied(self, path: str, name: str, count: int, output: Tensor) -> None:
         """Count a product with a raw matrix."""
         if self.count_uses:
-            size = self.found.raw[path][name].numel()
+            size = self.found.layers[path].get_parameter(name).numel()
             self.found.multiplied[path, name] += count / size / self._batch_size
             self._wrote(path, output)
 
@@ -252,7 +243,7 @@ class Tracer(Watcher):
 
     def concerns(self, owner: Owner, x: Tensor, axis: int) -> bool:
         """Weights of positions are the same for all neurons; such a product is an operator like others."""
-        if owner in self.positions.known:
+        if owner in self.positions.known or owner[0] in self.positions.known:
             return False
         if self._lies_otherwise(x, axis):
             self.positions.across(owner, self._makers(x))

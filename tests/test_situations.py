@@ -726,15 +726,19 @@ def test_raw_parameters_that_do_not_run_along_the_neurons_grow() -> None:
     assert_grows(model, torch.randn(4, 2, 8), groups=["a"])
 
 
-def test_the_weight_of_another_layer_used_functionally_is_refused() -> None:
-    """``F.linear(x, other.weight)`` uses a layer's weight without the layer."""
+def test_the_weight_of_another_layer_used_functionally_grows() -> None:
+    """``F.linear(x, other.weight)`` is a second call of the layer; of the computed weight it is none."""
     model = chain()
     model.fwd = lambda m, x: m.d(
         torch.tanh(m.c(torch.tanh(m.b(h := torch.tanh(m.a(x)))) + F.linear(h, m.b.weight)))
     )
+    assert_grows(model, batch(), groups=["a", "b", "c"])
+    model.fwd = lambda m, x: m.d(
+        torch.tanh(m.c(torch.tanh(m.b(h := torch.tanh(m.a(x)))) + F.linear(h, m.b.weight.abs())))
+    )
     arch = assert_grows(model, batch(), groups=["c"])
-    assert_refused(arch, "b", "'b.weight' is used by|extend along")
-    assert_refused(arch, "a", "outside of a layer|'b.weight' is used by")
+    assert_refused(arch, "b", "'b.weight', .* abs|extend along|reads it")
+    assert_refused(arch, "a", "outside of a layer|'b.weight'")
 
 
 def test_a_transposed_weight_as_decoder_is_refused() -> None:
@@ -745,7 +749,7 @@ def test_a_transposed_weight_as_decoder_is_refused() -> None:
         second=lin(5, 4),
     )
     arch = assert_grows(model, batch(), groups=[])
-    assert_refused(arch, "second", "outside of a layer|'second.weight' is used by")
+    assert_refused(arch, "second", "'second.weight', which the code uses itself")
 
 
 class Doubled(nn.Linear):
