@@ -110,6 +110,10 @@ class Findings:
             self.loose[key] = torch.from_numpy(self.table.mint(size))
         return self.loose[key]
 
+    def named(self, path: str, name: str) -> str:
+        """What the neurons are called that a tensor makes."""
+        return path if self.loans.cover(path, name) else f"{path}.{name}".lstrip(".")
+
     def _matrices(self) -> set[PortKey]:
         """Let the axes of raw matrices be the neurons that are read and made there; which axes these are."""
         found = set()

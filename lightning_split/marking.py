@@ -21,8 +21,15 @@ __all__ = ["Watcher", "watched"]
 class Watcher:
     """Sees every place where neurons are read or made; this one changes nothing."""
 
-    def concerns(self, owner: tuple[str, str], x: Tensor, axis: int) -> bool:
-        """Whether a product of a raw matrix and ``x`` over this axis may be one with neurons."""
+    def concerns(self, owner: tuple[str, str], x: Tensor, axis: int, makes: int | None) -> bool:
+        """Whether a product of a raw matrix and ``x`` over this axis may be one with neurons.
+
+        Args:
+            owner: Whose matrix it is.
+            x: The other factor.
+            axis: Of ``x``, which is summed.
+            makes: The matrix's axis along which the result lies, if it is one.
+        """
         return True
 
     def read(self, path: str, port: Port, x: Tensor, axis: int) -> Tensor:
@@ -78,7 +85,7 @@ def _multiply(sealed: list[int], weights: Weights, watcher: Watcher, reading: Re
     sites = weights.sites(owner, reading.reads, reading.make, reading.groups)
     if sites is None:
         return None
-    reads = [read for read in sites.reads if watcher.concerns(owner, x, read[0])]
+    reads = [read for read in sites.reads if watcher.concerns(owner, x, read[0], reading.make)]
     if not reads:
         return None
     for axis, key in reads:

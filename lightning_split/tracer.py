@@ -241,13 +241,14 @@ class Tracer(Watcher):
             self._mode.inside -= 1
             self.found.tally.paused -= 1
 
-    def concerns(self, owner: Owner, x: Tensor, axis: int) -> bool:
+    def concerns(self, owner: Owner, x: Tensor, axis: int, makes: int | None) -> bool:
         """Weights of positions are the same for all neurons; such a product is an operator like others."""
         if owner in self.positions.known or owner[0] in self.positions.known:
             return False
         if self._lies_otherwise(x, axis):
-            self.positions.across(owner, self._makers(x))
-            return False
+            parameter = self.found.layers[owner[0]].get_parameter(owner[1])
+            count = None if makes is None else parameter.shape[makes]
+            return not self.positions.makes_positions(owner, self._makers(x), count)
         self.positions.along(owner)
         return True
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_split.architecture import Architecture
+from lightning_split.architecture import Architecture, Unsplittable
 from lightning_split.counting import priced
 from lightning_split.effective import EffectiveWeights
 from lightning_split.followers import led
+from lightning_split.labels import Owner
 from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
@@ -20,6 +22,8 @@ from lightning_split.tracer import Tracer
 from lightning_split.verification import Run, verified_sizes, verified_values
 
 __all__ = ["trace", "trace_step"]
+
+_POSITIONS = "they are positions along which other neurons lie"
 
 
 def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
@@ -112,15 +116,7 @@ def _traced(
     outline = Outline(example)
     try:
         with quiet():
-            tracer, arch = _labelled(model, run, example, outline, compare_outputs)
-            positional = tracer.positions.found(arch)
-            if positional:  # what they make cannot grow, and keeps other neurons from growing
-                second = _labelled(model, run, example, outline, compare_outputs, positional)
-                # Whom a raw matrix meets along positions counts still, and only the trial would refuse it.
-                gained = _num_neurons(second[1]) - _num_neurons(arch)
-                if gained > 0 or (gained == 0 and any(isinstance(who, tuple) for who in positional)):
-                    tracer, arch = second
-                del second
+            tracer, arch = _best_of(partial(_labelled, model, run, example, outline, compare_outputs))
             hollow = tracer.example is not example
             arch = led(arch, followers or {})
             with collector_paused(hollow):
@@ -134,13 +130,44 @@ def _traced(
     return verified_values(model, arch, run, example, macs, compare_outputs=compare_outputs)
 
 
+def _best_of(label: Callable[[Positional], tuple[Tracer, Architecture]]) -> tuple[Tracer, Architecture]:
+    """The trace in which most neurons can be split, of some that differ in what they take for positions."""
+
+    def neurons(traced: tuple[Tracer, Architecture]) -> int:
+        return sum(group.width for group in traced[1].groups)
+
+    best = label(Positional())
+    known = best[0].positions.found(best[1])
+    if known:  # what they make cannot grow, and keeps other neurons from growing
+        other = label(Positional(known))
+        # Whom a raw matrix meets along positions counts still, and only the trial would refuse it.
+        least = neurons(best) + all(isinstance(who, str) for who in known)
+        best, known = (other, known) if neurons(other) >= least else (best, frozenset())
+    crossed = frozenset(best[0].positions.kept) | {who for who in known if not isinstance(who, str)}
+    while crossed:  # what if those that make positions make neurons?
+        other = label(Positional(known - crossed, crossed))
+        if neurons(other) > neurons(best):
+            best = other
+        fewer = crossed & _owners(other[1])  # only those that would be split
+        crossed = fewer if fewer < crossed else frozenset()
+    tracer, arch = best
+    kept = {who: count for who, count in tracer.positions.kept.items() if who not in _owners(arch)}
+    left = [Unsplittable(tracer.found.named(*who), _POSITIONS, count) for who, count in kept.items()]
+    return tracer, dataclasses.replace(arch, unsplittable=(*arch.unsplittable, *left))
+
+
+def _owners(arch: Architecture) -> set[Owner]:
+    """The tensors that hold incoming weights of neurons that can be split."""
+    return {(block.module, block.tensor) for group in arch.groups for block in group.theta}
+
+
 def _labelled(
     model: nn.Module,
     run: Run,
     example: Any,
     outline: Outline,
     compare_outputs: bool,
-    positional: Positional = frozenset(),
+    positional: Positional,
 ) -> tuple[Tracer, Architecture]:
     """What labels tell in both modes, with a note on what could not be seen."""
 
@@ -172,10 +199,6 @@ def _labelled(
         arch = tracer.found.architecture()
         return tracer, dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
     return tracer, tracer.found.architecture()
-
-
-def _num_neurons(arch: Architecture) -> int:
-    return sum(group.width for group in arch.groups)
 
 
 def _opaque(model: nn.Module) -> str:

@@ -211,7 +211,8 @@ def test_a_weight_used_outside_of_its_layer_is_refused() -> None:
             return super().forward(x) + (x @ self.hidden.weight.exp().T).detach().mean()
 
     arch = trace(Leaky(nn.Identity()), torch.randn(4, 3))
-    assert "'hidden.weight', which the code uses itself" in {u.name: u.reason for u in arch.unsplittable}["hidden"]
+    reasons = {u.name: u.reason for u in arch.unsplittable}
+    assert "'hidden.weight', which the code uses itself" in reasons["hidden"]
 
 
 def test_a_hard_coded_width_is_found_by_the_trial() -> None:
