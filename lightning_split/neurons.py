@@ -31,6 +31,7 @@ class NeuronTable:
         self._lookup = torch.from_numpy(self._store)
         self._runs = self._store[:0]
         self._reasons: dict[int, str] = {}
+        self.num_fused = 0  # how often blocks have become larger
 
     @property
     def size(self) -> int:
@@ -87,6 +88,7 @@ class NeuronTable:
         members = np.flatnonzero(np.isin(self._runs, self._runs[ids]))  # whole blocks fuse
         if len(members) != members[-1] - members[0] + 1:
             return False
+        self.num_fused += bool((self._runs[members] != members[0]).any())
         self._runs[members] = members[0]
         return True
 

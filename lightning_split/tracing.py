@@ -183,6 +183,8 @@ def _labelled(
     if mode not in tracer.seen:  # outside of the handler, so that an error of the user's comes alone
         tracer.run(train=mode, graph=True)
     tracer.count_uses = False
+    table = tracer.found.table
+    note, fused = "", table.num_fused
     try:
         try:
             hollow = tracer.example is not example
@@ -196,9 +198,13 @@ def _labelled(
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         other = "eval" if mode else "training"
         note = f"Branches used in {other} mode only were not seen, because a pass in that mode fails: {what}"
-        arch = tracer.found.architecture()
-        return tracer, dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
-    return tracer, tracer.found.architecture()
+        fused = 0
+    while table.num_fused > fused:  # until blocks have reached what was added to their neurons before
+        fused, hollow = table.num_fused, tracer.example is not example
+        with collector_paused(hollow):
+            tracer.run(train=mode, graph=not hollow)
+    arch = tracer.found.architecture()
+    return tracer, dataclasses.replace(arch, note=f"{arch.note} {note}".strip())
 
 
 def _opaque(model: nn.Module) -> str:

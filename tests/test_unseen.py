@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_split import TopK, grow, trace
+from lightning_split import TopK, grow, split_neurons, trace, verification
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from exactness import assert_splits_exactly, randomise
+from exactness import assert_splits_exactly, outputs, randomise, splits
 
 
 def _randomised(model: nn.Module, x: Tensor) -> nn.Module:
@@ -305,6 +306,54 @@ def test_a_normalisation_that_is_refused_was_called() -> None:
     assert not arch.groups
     assert "several neurons that do not lie side by side" in reasons["one"]
     assert not arch.note
+
+
+class Steps(nn.Module):
+    """Two residual sums, each normalised in groups of another size: both find the sizes of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.first = nn.Conv1d(4, 8, 1), nn.Conv1d(4, 8, 3, padding=1)
+        self.fine, self.second = nn.GroupNorm(4, 8), nn.Conv1d(8, 8, 3, padding=1)
+        self.coarse, self.last = nn.GroupNorm(2, 8), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.skip(x) + self.first(x)
+        return self.last(F.silu(self.coarse(self.second(F.silu(self.fine(h))) + h)))
+
+
+class InTrainingOnly(Steps):
+    """Its forward pass in eval mode lacks something."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            raise NotImplementedError("prediction needs more inputs")
+        return super().forward(x)
+
+
+def test_blocks_of_channels_reach_all_that_is_added_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four channels are one neuron, also in the layer whose sum was normalised before that was known."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    model = _randomised(Steps(), x)
+    assert assert_splits_exactly(model, x, rounds=2).widths == {"skip": 2}
+    monkeypatch.setattr(verification, "_MAX_MACS", -1)  # a network too large to compare values
+    arch = assert_splits_exactly(model, x)
+    assert arch.widths == {"skip": 2}
+    assert arch.group("skip").producers == ("skip", "first", "second")
+
+
+def test_blocks_of_channels_in_a_network_that_runs_in_training_mode_only() -> None:
+    """Where the other mode's pass fails, that of this mode is done again."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    model = InTrainingOnly().double()
+    (before,) = outputs(model, x, True)
+    arch = trace(model, x)
+    assert arch.widths == {"skip": 2}
+    assert "compared sizes only" in arch.note
+    split_neurons(model, splits(arch, np.random.default_rng(0), "ghosts"), arch=arch)
+    torch.testing.assert_close(outputs(model, x, True)[0], before, rtol=0, atol=1e-12)
 
 
 class Squeezed(nn.Module):
