@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_split.architecture import Architecture, ChannelGroup
 from lightning_split.splits import Split, tensor_at
 
-__all__ = ["all_haunted", "multiplied", "one_of_each", "portions"]
+__all__ = ["all_haunted", "multiplied", "one_more", "one_of_each", "portions"]
 
 _SAMPLE = 10_000  # of a tensor's entries, that tell their size
 _LARGE_WEIGHTS, _FEW_USES, _PORTION = 1e7, 20, 0.9  # networks whose weights take most of the memory
@@ -37,20 +37,28 @@ def portions(model: nn.Module, arch: Architecture, macs: float) -> list[tuple[Ch
     return [*found, arch.groups[start:]]
 
 
-def one_of_each(
-    model: nn.Module, groups: Sequence[ChannelGroup], *, hollow: bool = False
-) -> dict[str, list[Split]]:
-    """A neuron in the middle of every group, into two copies and a ghost; it has no values if ``hollow``."""
-    if hollow:
-        moves: Iterator[tuple[ChannelGroup, Tensor]] = ((g, torch.zeros(()).expand(3, g.dim)) for g in groups)
-    else:
-        moves = (
-            (group, torch.cat([torch.zeros(2, group.dim), ghost]))
-            for group, ghost in _ghosts(model, groups, count=1)
-        )
+def one_more(arch: Architecture) -> dict[str, list[Split]]:
+    """A neuron in the middle of every group, into two; without values, for sizes alone.
+
+    One more is the hardest test of them: the code may know that there are two, say, and still run with four.
+    """
+    still = torch.zeros(())
     return {
-        group.name: [Split(group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0), moved)]
-        for group, moved in moves
+        group.name: [Split(group.name, (group.width - 1) // 2, (0.5, 0.5), still.expand(2, group.dim))]
+        for group in arch.groups
+    }
+
+
+def one_of_each(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, list[Split]]:
+    """A neuron in the middle of every group, into two copies and a ghost."""
+    return {
+        group.name: [
+            Split(
+                *(group.name, (group.width - 1) // 2, (2.0, -1.0, 0.0)),
+                torch.cat([torch.zeros(2, group.dim), ghost]),
+            )
+        ]
+        for group, ghost in _ghosts(model, groups, count=1)
     }
 
 

@@ -23,7 +23,7 @@ from lightning_split.layers import rule_for
 from lightning_split.measuring import batch_size, fixed_statistics, undisturbed
 from lightning_split.readings import Readings, differences, readings, what_broke
 from lightning_split.surgery import Split, Surgery
-from lightning_split.trials import all_haunted, multiplied, one_of_each, portions
+from lightning_split.trials import all_haunted, multiplied, one_more, one_of_each, portions
 
 __all__ = ["Run", "verified_sizes", "verified_values"]
 
@@ -46,9 +46,10 @@ def verified_sizes(
 ) -> Architecture:
     """The architecture, less the groups at whose new widths the model would fail or read other sizes.
 
-    In training mode one neuron of every group is split, all at once; in eval mode (or the only mode there is)
-    all neurons, and neighbouring groups by different factors, so that no integer division hides a size that
-    does not follow. Where this fails the culprits are searched by halving. The model is left as it was.
+    In training mode one neuron of every group is split in two, all at once; in eval mode (or the only mode
+    there is) all neurons, and neighbouring groups by different factors, so that no integer division hides a
+    size that does not follow. Where this fails the culprits are searched by halving. The model is left as it
+    was.
 
     Args:
         model: The model.
@@ -61,7 +62,7 @@ def verified_sizes(
     for train, read in seen.items():
         trial = _Trial(model, run, example, read, train=train, graph=not hollow)
         many = (not train or len(seen) == 1) and (hollow or _is_small(arch))
-        splits = multiplied(arch) if many else one_of_each(model, arch.groups, hollow=hollow)
+        splits = multiplied(arch) if many else one_more(arch)
         arch = _without_culprits(model, arch, trial, splits, hollow=hollow)
     return arch
 

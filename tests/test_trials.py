@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from lightning_split import trace, trials
+from lightning_split import trace, trials, verification
 from torch import Tensor, nn
 
 
@@ -49,3 +49,23 @@ def test_each_portion_is_tried(place: int, monkeypatch: pytest.MonkeyPatch) -> N
     arch = trace(model, torch.randn(3, 4))
     assert {u.width for u in arch.unsplittable if "same values" in u.reason} == {model[place].sum.in_features}
     assert len(arch.groups) == 2
+
+
+class Shuffled(nn.Module):
+    """Two groups of channels are read across each other; of two channels, each is a group."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, channels), nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h.unflatten(1, (2, -1)).transpose(1, 2).flatten(1))
+
+
+def test_one_neuron_more_shows_how_many_the_code_has_in_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without values: two more, or twice as many, could be split in two again."""
+    monkeypatch.setattr(verification, "_MAX_MACS", -1)
+    arch = trace(Shuffled(2), torch.randn(4, 3))
+    assert "Provided sizes [2, -1]" in {u.name: u.reason for u in arch.unsplittable}["first"]
+    assert trace(Shuffled(6), torch.randn(4, 3)).widths == {"first": 3}
