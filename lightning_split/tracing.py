@@ -18,8 +18,9 @@ from lightning_split.layers import is_uninitialized
 from lightning_split.measuring import batch_size, tensors_in
 from lightning_split.outlines import Outline, collector_paused, quiet
 from lightning_split.positions import Positional
+from lightning_split.scaling import scaled_by_numbers
 from lightning_split.tracer import Tracer
-from lightning_split.verification import Run, verified_sizes, verified_values
+from lightning_split.verification import Run, verified_sizes, verified_values, within_a_layer
 
 __all__ = ["trace", "trace_step"]
 
@@ -121,13 +122,17 @@ def _traced(
             arch = led(arch, followers or {})
             with collector_paused(hollow):
                 arch = verified_sizes(model, arch, run, tracer.example, tracer.seen, hollow=hollow)
+                paired = [g.name for g in arch.groups if g.paired and not within_a_layer(model, g)]
+                told: frozenset[str] = frozenset()  # groups of which nothing shows in values only
+                if paired and hollow:
+                    arch, told = scaled_by_numbers(model, arch, paired, lambda m: run(m, outline.example))
         del tracer
     finally:
         outline.forget()
     if not arch.groups and not arch.unsplittable:
         return dataclasses.replace(arch, note=f"{_opaque(model)} {arch.note}".strip())
     arch, macs = priced(model, arch)
-    return verified_values(model, arch, run, example, macs, compare_outputs=compare_outputs)
+    return verified_values(model, arch, run, example, macs, told, compare_outputs=compare_outputs)
 
 
 def _best_of(label: Callable[[Positional], tuple[Tracer, Architecture]]) -> tuple[Tracer, Architecture]:

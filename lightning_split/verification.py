@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_split.readings import Readings, differences, readings, what_broke
 from lightning_split.surgery import Split, Surgery
 from lightning_split.trials import all_haunted, multiplied, one_more, one_of_each, portions
 
-__all__ = ["Run", "verified_sizes", "verified_values"]
+__all__ = ["Run", "verified_sizes", "verified_values", "within_a_layer"]
 
 Run = Callable[[nn.Module, Any], Any]  # run(model, example)
 
@@ -68,7 +68,14 @@ def verified_sizes(
 
 
 def verified_values(
-    model: nn.Module, arch: Architecture, run: Run, example: Any, macs: float, *, compare_outputs: bool = True
+    model: nn.Module,
+    arch: Architecture,
+    run: Run,
+    example: Any,
+    macs: float,
+    told: Collection[str] = (),
+    *,
+    compare_outputs: bool = True,
 ) -> Architecture:
     """The same for values: in eval mode, on a few samples, if the network is not too large for that.
 
@@ -78,16 +85,17 @@ def verified_values(
         run: Runs the model on an example.
         example: The example.
         macs: What a pass takes, in multiply-accumulates per sample.
+        told: Paired groups of which is known how their products are scaled.
         compare_outputs: Whether the values of the output may not change either.
     """
     size = batch_size(example)
     samples = min(size, _SAMPLES if macs < _LARGE_MACS else 1)
     if macs * samples > _MAX_MACS:
-        return _sizes_only(model, arch, "the network is large")
+        return _sizes_only(model, arch, told, "the network is large")
     few = _few_samples(example, size, samples)
     trial = _value_trial(model, run, few) or _value_trial(model, run, example)
     if trial is None:
-        return _sizes_only(model, arch, "the model does not run on the example in eval mode")
+        return _sizes_only(model, arch, told, "the model does not run on the example in eval mode")
     trial.compare_outputs = compare_outputs
     arch = _scaled(model, arch, trial)
     for portion in portions(model, arch, macs):
@@ -98,14 +106,15 @@ def verified_values(
     return arch
 
 
-def _sizes_only(model: nn.Module, arch: Architecture, why: str) -> Architecture:
+def _sizes_only(model: nn.Module, arch: Architecture, told: Collection[str], why: str) -> Architecture:
     reason = f"how their products are scaled shows in values only, which were not compared, as {why}"
-    arch = arch.without({g.name: reason for g in arch.groups if g.paired and not _within_a_layer(model, g)})
+    unknown = [g for g in arch.groups if g.paired and g.name not in told and not within_a_layer(model, g)]
+    arch = arch.without({g.name: reason for g in unknown})
     note = f"The trial splits compared sizes only, as {why}; each growth compares values on its first batch."
     return replace(arch, note=f"{arch.note} {note}".strip())
 
 
-def _within_a_layer(model: nn.Module, group: ChannelGroup) -> bool:
+def within_a_layer(model: nn.Module, group: ChannelGroup) -> bool:
     """Whether neurons meet their partners in one layer, whose rule says how."""
     places = {*group.producers, *group.consumers}
     rule = rule_for(model.get_submodule(places.pop())) if len(places) == 1 else None

@@ -310,10 +310,11 @@ def test_places_that_are_added_to_keys_are_found_out_by_the_trial() -> None:
 
 
 def test_without_values_nobody_knows_how_products_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks too large for a trial with values keep their queries."""
+    """Networks too large for a trial with values keep the queries of keys that something is added to."""
     monkeypatch.setattr(verification, "_MAX_MACS", 0)
-    model, x = problem("one head")
-    arch = trace(model, x)
+    torch.set_default_dtype(torch.float64)
+    model = Made(lambda s, x: s.o(attend(s.q(x), s.k(x) + 1.0, s.v(x))), **qkv())
+    arch = trace(model, torch.randn(2, 5, 3))
     assert arch.widths == {"v": 4}
     assert "shows in values only" in {u.name: u.reason for u in arch.unsplittable}["q"]
     layer = nn.TransformerEncoderLayer(8, 2, 6, 0.0, batch_first=True).double()  # whose rule knows
