@@ -249,6 +249,26 @@ def test_a_selective_state_space_grows() -> None:
     assert_grows(model, x, groups=list(arch.widths), rounds=1)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_mamba_of_hugging_face_grows() -> None:
+    """Whose reference code uses the weights of three layers; its residual stream is rounded to 32 bits."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "state_size": 3, "time_step_rank": 3, "vocab_size": 9}
+    mamba = transformers.MambaModel(transformers.MambaConfig(**sizes)).double()
+    model = net(lambda m, x: m.mamba(inputs_embeds=x, use_cache=False).last_hidden_state, mamba=mamba)
+    arch = assert_grows(
+        model,
+        torch.randn(2, 5, 8),
+        groups=[f"mamba.layers.{i}.mixer.in_proj" for i in (0, 1)],
+        tolerance=1e-5,
+        rounds=1,
+    )
+    inner = arch.groups[0]
+    assert [path.rpartition(".")[2] for path in inner.producers] == ["in_proj", "dt_proj"]
+    assert inner.width == 16
+    assert inner.dim == 2 * 8 + 3 + 1
+
+
 def test_computed_weights_grow_where_the_code_uses_them() -> None:
     """Weight norm: what is multiplied with is computed of two tensors."""
     model = around(lambda m, h: F.linear(h, m.b.weight, m.b.bias), parametrizations.weight_norm(lin(6, 4)))
