@@ -184,6 +184,8 @@ class LabelMode(TorchDispatchMode):
         for d, varies in enumerate(self.varying(labels)):
             core = core if varies or d == dim else core.narrow(d, 0, 1)
         rows = self.table.runs(core.movedim(dim, 0).reshape(labels.shape[dim], -1))
+        if bool(((rows[1:, 0] == rows[:-1, -1]) & (rows[1:, 0] >= 0)).any()):
+            self.table.bar(self.ids(labels), f"{why} cuts channels apart that are one neuron{self.where()}")
         if bool((rows >= 0).all()) and bool((rows.sort().values.diff() > 0).all()):  # one to one
             rest = rows[1:]
             self.table.tie(rows[:1].expand(rest.shape).flatten().numpy(), rest.flatten().numpy())

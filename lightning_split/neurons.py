@@ -38,8 +38,10 @@ class NeuronTable:
         """Number of ids."""
         return len(self._runs)
 
-    def mint(self, count: int) -> Ids:
-        """New ids for the outputs of a producer; a gap before them, so that others' are no neighbours."""
+    def mint(self, count: int, tiles: int = 1) -> Ids:
+        """New ids for the outputs of a producer; a gap before each tile, so that others are no neighbours."""
+        if tiles > 1:
+            return np.concatenate([self.mint(count // tiles) for _ in range(tiles)])
         old, start = self.size, self.size + 1
         end = start + count
         if end >= len(self._store):

@@ -320,7 +320,7 @@ class Tracer(Watcher):
             key: PortKey = (path, port)
             if key not in self._made:
                 tiles = 1 if loose_size(self.found.raw[path], port) else self.found.rules[path].tiles(layer)
-                self._made[key] = torch.from_numpy(self.found.table.mint(x.shape[axis]))
+                self._made[key] = torch.from_numpy(self.found.table.mint(x.shape[axis], tiles))
                 rows = self._made[key].view(tiles, -1)
                 self.found.table.tie(rows[:1].expand(rows.shape).flatten().numpy(), rows.flatten().numpy())
                 self.found.ports[key] = rows[0].clone()

@@ -32,10 +32,10 @@ def trace(model: nn.Module, *inputs: Any, **kwargs: Any) -> Architecture:
 
     The model is called as ``model(*inputs, **kwargs)`` in the mode that it is in and, if that works, in
     the other mode too, so that branches used only in training are seen, and again as long as channels turn
-    out to be one neuron. These runs compute shapes only, unless the control flow depends on values. Then one neuron of every group is really split, into two copies
-    and an offspring of weight zero, and every layer must read what it read before, with the split channels
-    repeated; groups that fail are reported with the reason. The model and the random state are left as they
-    were.
+    out to be one neuron. These runs compute shapes only, unless the control flow depends on values. Then one
+    neuron of every group is really split, into two copies and an offspring of weight zero, and every layer
+    must read what it read before, with the split channels repeated; groups that fail are reported with the
+    reason. The model and the random state are left as they were.
 
     Args:
         model: Any ``nn.Module``.

@@ -379,3 +379,54 @@ def test_layers_without_neurons() -> None:
     assert {g.name: (g.width, g.producers) for g in arch.groups} == {"first": (5, ("first", "up"))}
     report = grow(model, [x, x], lambda m, batch: m(batch).square().mean(), strategy=TopK(count=1))
     assert report.loss_after < report.loss_before
+
+
+class Grouped(nn.Module):
+    """A grouped convolution beside a normalisation of all channels at once, which are one neuron."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.before, self.norm = before, nn.GroupNorm(1, 8)
+        self.first, self.groups, self.last = (
+            nn.Conv1d(3, 8, 1),
+            nn.Conv1d(8, 8, 1, groups=2),
+            nn.Conv1d(8, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = self.groups(self.norm(h).sin()) if self.before else self.norm(self.groups(h))
+        return self.last(h.sin())
+
+
+class LinearAttention(nn.Module):
+    """Heads of queries, keys and values, and more of them by a grouped convolution; their number is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.groups = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 12, 1, groups=6)
+        self.last = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([(y := self.first(x)), self.groups(y)], 1)
+        q, k, v = h.reshape(len(x), -1, 6, x.shape[-1]).mT.chunk(3, -1)
+        return self.last((q.relu() @ (k.relu().mT @ v)).mT.reshape(len(x), -1, x.shape[-1]))
+
+
+GROUPED = {
+    "read": (Grouped(True), {"groups": 4}, "cuts channels apart that are one neuron"),
+    "made": (Grouped(False), {"first": 4}, "do not lie side by side"),
+    "heads": (LinearAttention(), {}, "do not lie side by side"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_no_neuron_reaches_over_groups_of_a_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offspring would have to stand in each group, but the block of channels is copied as one."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(verification, "_MAX_MACS", -1)  # so that no trial of values finds it out
+    model, widths, reason = GROUPED[name]
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    arch = assert_splits_exactly(_randomised(model, x), x)
+    assert arch.widths == widths
+    assert any(reason in u.reason for u in arch.unsplittable)
