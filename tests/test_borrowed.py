@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning_split import GradMax, MeasuredLatency, fit_to_state_dict, grow, trace
 from lightning_split.context import GrowthContext
 from lightning_split.curvature import SplittingOperator
+from lightning_split.growers import Folding, NotApplicableError
 from lightning_split.tracing import trace_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -310,6 +311,37 @@ def test_a_used_layer_is_as_good_as_a_called_one() -> None:
         assert (one.params, one.macs, one.dim) == (other.params, other.macs, other.dim)
     prices = MeasuredLatency(repeats=1).price(GrowthContext(used, archs[0], loss, [x]))
     assert {g for term in prices.terms for axis in term.axes for g, _ in axis.growth} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("call", "layer"),
+    [
+        (lambda m, h: F.conv1d(h, m.b.weight, m.b.bias), lambda: nn.Conv1d(6, 4, 3)),
+        (lambda m, h: F.conv1d(h, m.b.weight, m.b.bias, groups=2), lambda: nn.Conv1d(6, 4, 3, groups=2)),
+        (lambda m, h: F.conv_transpose1d(h, m.b.weight, m.b.bias), lambda: nn.ConvTranspose1d(6, 4, 3)),
+    ],
+)
+def test_filters_that_the_code_uses_cost_what_they_cost_in_a_call(call: Call, layer: Any) -> None:
+    """Multiply-accumulates and parameters of one more neuron."""
+    x, costs = torch.randn(3, 3, 9), []
+    for way in (call, lambda m, h: m.b(h)):
+        arch = trace(on_maps(way, layer()), x)
+        costs.append([(g.name, g.params, g.macs) for g in arch.groups])
+    assert costs[0] == costs[1]
+
+
+def test_folding_leaves_layers_whose_bias_the_code_does_not_add() -> None:
+    """The fold of a new unit would not be where it is meant to be."""
+    for name, why in (("without its bias", "does not add its bias"), ("linear", None)):
+        model = around(LINEAR[name])
+        model.fwd = lambda m, x, name=name: m.c(torch.relu(LINEAR[name](m, m.a(x))))
+        x, loss = batch(32), loss_of(torch.randn(32, 2))
+        context = GrowthContext(model, trace(model, x), loss, [x])
+        notes = " ".join(Folding().propose(context, step_size=0.01).notes) if why is None else ""
+        if why is not None:
+            with pytest.raises(NotApplicableError, match=why):
+                Folding().propose(context, step_size=0.01)
+        assert "'b' alone" not in notes
 
 
 @pytest.mark.parametrize("grower", [None, GradMax()], ids=["splitting", "gradmax"])

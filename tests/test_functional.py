@@ -59,6 +59,10 @@ CALLS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], tuple[int, ...]]] 
     "sum and product": (lambda m, h: torch.addmm(m.b, h, m.w), (5, 6)),
     "factors by name": (lambda m, h: m.b.addmm(mat1=h, mat2=m.w), (5, 6)),
     "convolution": (lambda m, h: F.conv1d(h[..., None], m.w, m.b).squeeze(-1), (6, 5, 1)),
+    "transposed convolution": (
+        lambda m, h: F.conv_transpose1d(h[..., None], m.w, m.b).squeeze(-1),
+        (5, 6, 1),
+    ),
     "convolutions one by one": (
         lambda m, h: sum(F.conv1d(h[..., None], m.w[e]).squeeze(-1) for e in (0, 1)),
         (2, 6, 5, 1),
@@ -118,6 +122,8 @@ def test_a_vector_that_weighs_neurons_reads_them() -> None:
         return m.c((h * (h @ m.v).softmax(1)[..., None]).sum(1))
 
     model = net(fwd, a=lin(3, 5), v=matrix(5), c=lin(5, 2))
+    assert assert_grows(model, torch.randn(4, 6, 3), groups=["a"]).group("a").consumers == ("", "c")
+    model.fwd = lambda m, x: m.c(((h := torch.tanh(m.a(x))) * (m.v @ h.mT).softmax(1)[..., None]).sum(1))
     assert assert_grows(model, torch.randn(4, 6, 3), groups=["a"]).group("a").consumers == ("", "c")
 
 

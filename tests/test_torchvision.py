@@ -136,8 +136,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, float]] = {
     "regnet_x": (lambda: _regnet(None), 32, 1.0),
     "regnet_y": (lambda: _regnet(0.25), 32, 1.0),
     "vit": (lambda: models.VisionTransformer(32, 8, 2, 4, 24, 40, num_classes=CLASSES), 32, 0.4),
-    "swin": (lambda: _swin(1), 32, 0.5),
-    "swin_v2": (lambda: _swin(2), 32, 0.5),
+    "swin": (lambda: _swin(1), 32, 0.4),
+    "swin_v2": (lambda: _swin(2), 32, 0.3),
     "convnext": (_convnext, 32, 0.5),
     "maxvit": (_maxvit, 32, 0.5),
 }

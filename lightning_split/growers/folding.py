@@ -321,6 +321,10 @@ def _why_not(context: GrowthContext, group: ChannelGroup) -> str | None:
     inputs, made = seen.reads.get(producer), seen.made_by.get(producer)
     if inputs is None or made is None or inputs.ndim != 2 or group.theta[0].size != inputs.shape[1]:
         return "it is not a linear layer that reads a table of samples and features (folding is for MLPs)"
+    theta = weights_of(context.model, group, "incoming").to(inputs)
+    expected = inputs @ theta[:, :-1].T + theta[:, -1]
+    if made.shape == expected.shape and not torch.allclose(made, expected, rtol=1e-2, atol=1e-3):
+        return "the code does not add its bias"
     read = seen.reads.get(group.consumers[0])
     if read is None or read.shape != made.shape or not _folds(made.detach(), read.detach()):
         return "its units are no ReLU units, so they have no fold"
