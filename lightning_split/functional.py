@@ -238,9 +238,7 @@ def _einsum(weights: Weights, func: Any, *args: Any, **kwargs: Any) -> Reading |
     return None
 
 
-def _tensordot(
-    weights: Weights, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None
-) -> Reading | None:
+def _tensordot(weights: Weights, func: Any, a: Any, b: Any, dims: Any = 2, out: Any = None) -> Reading | None:
     """As an einsum."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or isinstance(dims, Tensor) or out is not None:
         return None
