@@ -151,6 +151,7 @@ class _Numbers(TorchDispatchMode):
         self._wider = wider
         self._wide: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._lines: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._open: WeakIdKeyDictionary = WeakIdKeyDictionary()  # products element by element, not yet summed
         self._given: WeakIdKeyDictionary = WeakIdKeyDictionary()  # and what is computed of those alone
         self._given.update(given)
 
@@ -162,6 +163,7 @@ class _Numbers(TorchDispatchMode):
 
     def end(self, tensor: Tensor) -> None:
         """A tensor is used in some other way."""
+        self.record += [factor.scale for factor in self._open.get(tensor, ())]
         line: _Line | None = self._lines.get(tensor)
         if line is not None and line.product is not None:
             line.product.ends.append(line.scale)
@@ -210,7 +212,13 @@ class _Numbers(TorchDispatchMode):
             result = replace(line, scale=line.scale * factor if base == "mul" else line.scale / factor)
         elif base in _PRODUCTS:
             result, numbers = self._multiplied(base, args, kwargs, numbers)
-        elif lines:
+        elif name in ("sum", "mean") and args[0] in self._open:
+            result = self._summed(
+                self._open[args[0]], 1.0 if name == "sum" else out.numel() / args[0].numel()
+            )
+        elif name == "mul" and len(lines) == 2 and not any(self._lines[t].product for t in lines):
+            self._open[out] = [self._lines[t] for t in lines]
+        elif lines or any(t in self._open for t in tensors):
             result = self._moved(base, args, tensors, lines)
         shapes = [] if wide or "empty" in name else [tuple(t.shape) for t in outputs]
         self.record.append((name, shapes, numbers, [_print_of(t) for t in constants]))
@@ -234,6 +242,11 @@ class _Numbers(TorchDispatchMode):
         self, name: str, args: Sequence[Any], tensors: list[Tensor], lines: list[Tensor]
     ) -> _Line | None:
         """What becomes of lines in an operator that multiplies nothing."""
+        for t in tensors:
+            if t in self._open:
+                self.end(t)
+        if not lines:
+            return None
         found: list[_Line] = [self._lines[t] for t in lines]
         others = [t for t in tensors if t not in self._lines]
         first = found[0]
@@ -269,12 +282,17 @@ class _Numbers(TorchDispatchMode):
             self.end(right)
             return None, numbers
         own = kwargs.get("alpha")
+        line = self._summed((first, second), 1.0 if own is None else own)
+        if added and line.product is not None:
+            line.product.ends.append(line.scale)
+        return None if added else line, [n for n in numbers if n is not own]
+
+    def _summed(self, factors: Sequence[_Line], number: float) -> _Line:
+        """The sums of products of two lines, times a number."""
+        first, second = factors
         product = _Product(first, second)
         self.products.append(product)
-        line = _Line(frozenset(), first.scale * second.scale * (1.0 if own is None else own), True, product)
-        if added:
-            product.ends.append(line.scale)
-        return None if added else line, [n for n in numbers if n is not own]
+        return _Line(frozenset(), first.scale * second.scale * number, True, product)
 
 
 class _Follower(Watcher):
