@@ -109,7 +109,11 @@ def verified_values(
 def _sizes_only(model: nn.Module, arch: Architecture, told: Collection[str], why: str) -> Architecture:
     reason = f"how their products are scaled shows in values only, which were not compared, as {why}"
     unknown = [g for g in arch.groups if g.paired and g.name not in told and not within_a_layer(model, g)]
-    arch = arch.without({g.name: reason for g in unknown})
+    # Whether a softmax mixes neurons or treats each alike does not show where there is one.
+    lone = f"an operator may mix neurons, of which there is one; values were not compared, as {why}"
+    arch = arch.without(
+        {g.name: lone for g in arch.groups if g.width == 1} | {g.name: reason for g in unknown}
+    )
     note = f"The trial splits compared sizes only, as {why}; each growth compares values on its first batch."
     return replace(arch, note=f"{arch.note} {note}".strip())
 

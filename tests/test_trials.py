@@ -69,3 +69,24 @@ def test_one_neuron_more_shows_how_many_the_code_has_in_mind(monkeypatch: pytest
     arch = trace(Shuffled(2), torch.randn(4, 3))
     assert "Provided sizes [2, -1]" in {u.name: u.reason for u in arch.unsplittable}["first"]
     assert trace(Shuffled(6), torch.randn(4, 3)).widths == {"first": 3}
+
+
+class OverOne(nn.Module):
+    """A softmax over neurons, of which there may be one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(x).softmax(1))
+
+
+def test_a_single_neuron_is_not_split_where_values_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An axis of length one does not tell what an operator does along it."""
+    assert not trace(OverOne(1), torch.randn(4, 3)).groups
+    monkeypatch.setattr(verification, "_MAX_MACS", -1)
+    for width, why in ((1, "of which there is one"), (2, "softmax normalises over the neurons")):
+        arch = trace(OverOne(width), torch.randn(4, 3))
+        assert not arch.groups
+        assert why in {u.name: u.reason for u in arch.unsplittable}["hidden"]
