@@ -125,24 +125,29 @@ class CutNetwork:
             )
         return found
 
-    def late_gradient(self, batch: Any, number: int) -> tuple[Place, Tensor] | None:
+    def late_gradient(self, batch: Any, number: int, at: int) -> tuple[Place, Tensor] | None:
         """Gradient of the loss at one read, on its way through everything that follows.
 
         Costs a forward pass without a graph, and one backward through what comes after the read.
 
         Args:
             batch: What ``loss_fn`` takes.
-            number: Of the read.
+            number: Of the batch, for messages.
+            at: Number of the read.
 
         Returns:
-            Where it is, and the gradient; ``None`` if the loss does not depend on a read of this number.
+            Where it is, and the gradient; ``None`` if the loss does not depend on a read of this number, or
+            takes gradients of its own in what is constant here.
+
+        Raises:
+            ValueError: If the gradient is not finite.
         """
         places: list[Place] = []
         reads: list[Tensor] = []
 
         def replace(place: Place, x: Tensor) -> Tensor:
             places.append(place)
-            if len(places) - 1 != number:
+            if len(places) - 1 != at:
                 return x
             reads.append(x.detach().requires_grad_())
             return reads[0].clone()  # no leaf, so that it may be written to
@@ -150,10 +155,15 @@ class CutNetwork:
         with self.running(replace), gradients_only_for(self._model, ()):
             try:
                 loss = self.loss(batch)
-                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, reads, allow_unused=True)
-            except (RuntimeError, ValueError):
-                return None  # nothing was read, or the loss takes gradients of its own
-        return None if gradients[0] is None else (places[number], gradients[0])
+                gradients: Sequence[Tensor | None] = (
+                    torch.autograd.grad(loss, reads, allow_unused=True) if reads else [None]
+                )
+            except RuntimeError:
+                return None  # a true error comes out in the first pass over what is kept of the batch
+        if gradients[0] is None:
+            return None
+        _check_finite(places, {at: gradients[0]}, number)
+        return places[at], gradients[0]
 
     def _try(self, batch: Any, number: int, keep: bool, shifts: Sequence[Tensor] | None) -> FirstPass | None:
         """``None`` if the loss does not depend on what needs gradients."""

@@ -91,7 +91,10 @@ def important_samples(
     cut = CutNetwork(model, arch, loss_fn, train=train, seed=seed)
     axes, last = _samples_axes(cut, batches[0])
     sizes = [batch_size(batch) for batch in batches]
-    scores = [_scores(cut, batch, last, axes, size) for batch, size in zip(batches, sizes, strict=True)]
+    scores = [
+        _scores(cut, batch, number, last, axes, size)
+        for number, (batch, size) in enumerate(zip(batches, sizes, strict=True))
+    ]
     kept, odds = drawn(torch.cat(scores), share, seed)
     parts: list[Picked] = []
     shares: list[Tensor] = []  # of what is kept, in the mean over all batches
@@ -272,9 +275,9 @@ class _Weights:
         return cotangent * found.spread(self.weights, size).to(cotangent).view(shape)
 
 
-def _scores(cut: CutNetwork, batch: Any, last: int, axes: _Axes, size: int) -> Tensor:
+def _scores(cut: CutNetwork, batch: Any, number: int, last: int, axes: _Axes, size: int) -> Tensor:
     """How hard the loss pulls at each sample where it is read last, ``(size,)``; alike where nobody knows."""
-    found = cut.late_gradient(batch, last)
+    found = cut.late_gradient(batch, number, last)
     axis = None if found is None else axes.get(found[0])
     if found is None or axis is None or found[1].shape[axis.axis] % size:
         return torch.ones(size)

@@ -183,12 +183,21 @@ def test_gradients_at_the_last_read_are_those_of_a_whole_pass() -> None:
     cut = CutNetwork(model, trace_step(model, batch, entropy), entropy)
     first = cut.first_pass(batch, 0)
     last = max(first.cotangents)
-    found = cut.late_gradient(batch, last)
+    found = cut.late_gradient(batch, 0, last)
     assert found is not None
     assert found[0] == first.places[last]
     torch.testing.assert_close(found[1], first.cotangents[last])
-    assert cut.late_gradient(batch, 99) is None
+    assert cut.late_gradient(batch, 0, 99) is None
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_batch_with_a_gradient_that_is_not_finite_is_named() -> None:
+    model = randomised(Convolutions())
+    batches = some_batches(3, 6)
+    arch = trace_step(model, batches[0], entropy)
+    batches[2][0][4] = float("nan")
+    with pytest.raises(ValueError, match=r"at the input of 'head' is not finite in batch 2"):
+        important_samples(model, arch, batches, entropy, 0.5)
 
 
 def test_fewer_samples_of_importance_are_nearer_than_as_many_at_random() -> None:
